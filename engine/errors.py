@@ -6,6 +6,8 @@ and what to change; they never hold prompt text, paths of the package, or addres
 
 from __future__ import annotations
 
+from config import errors as config_errors
+
 
 class EngineError(Exception):
     """Base of everything the engine raises on purpose."""
@@ -37,7 +39,9 @@ class EngineDraining(EngineError):
 
 
 class EngineDead(EngineError):
-    """The engine stopped; every waiter and every later caller gets this."""
+    """The engine stopped; every waiter and every later caller gets this. `exit_code` is how the process should end."""
+
+    exit_code: int = 5
 
 
 class EngineNotReady(EngineError):
@@ -48,8 +52,8 @@ class InvalidMove(EngineError):
     """A sequence was asked to change its status in a way the table of moves does not hold (our bug)."""
 
 
-class ConfigError(EngineError):
-    """A knob's value is wrong, or contradicts the checkpoint or the machine. Exit code 2."""
+class ConfigError(EngineError, config_errors.ConfigError):
+    """A knob's value contradicts the checkpoint or the machine. Exit code 2, like its parent in `config/`."""
 
 
 class ModelError(EngineError):

@@ -1,0 +1,95 @@
+"""From a `Config` to an `Engine`: which executor, which runner, which backend. Everything heavy is imported late.
+
+`build_engine` runs in the server process, `build_runner` where the model computes (a thread or a rank).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from config.schema import Config
+from config.load import config_to_json
+from engine.errors import ConfigError, DeviceError
+from engine.executor import Executor, ProcessExecutor, StepRunner, ThreadExecutor
+from engine.loop import Engine
+from engine.models.spec import ModelSpec, RopeSpec, apply_overrides, load_spec
+from engine.parallel import Ranks
+
+MOCK_SESSION_LEN = 8192
+MOCK_BLOCKS = 4096
+MOCK_VOCAB = 260  # ByteTokenizer: 256 bytes, bos, eos, two chat markers
+MOCK_EOS = 257
+
+
+def mock_spec() -> ModelSpec:
+    """The model that `device = "mock"` pretends to be; its ids are the ByteTokenizer's."""
+    return ModelSpec(
+        family="mock", vocab_size=MOCK_VOCAB, hidden_size=0, intermediate_size=0, num_layers=0, num_heads=1, num_kv_heads=1,
+        head_dim=0, rms_norm_eps=1e-6, max_position=MOCK_SESSION_LEN, rope=RopeSpec(), bos_token_id=256, eos_token_ids=(MOCK_EOS,),
+    )  # fmt: skip
+
+
+def resolve_spec(config: Config) -> ModelSpec:
+    """Read the model's description (no weights, no torch); with the config's overrides applied."""
+    if config.engine.device == "mock" and not config.model.path:
+        return mock_spec()
+    return apply_overrides(load_spec(Path(config.model.path)), config.engine)
+
+
+def session_len(config: Config, spec: ModelSpec) -> int:
+    """Most tokens of one sequence: what the config asks for, at most what the model was made for (or scaled to)."""
+    limit = spec.max_position
+    if spec.rope.kind == "dynamic" or config.engine.rope_scaling_factor >= 1:
+        limit = int(limit * max(spec.rope.factor, 1.0))
+    wanted = config.engine.session_len or limit
+    if wanted > limit:
+        raise ConfigError(
+            f"engine.session_len is {wanted}, but the model was made for {limit} tokens; lower it or set engine.rope_scaling_factor."
+        )
+    return wanted
+
+
+def build_engine(config: Config, spec: ModelSpec) -> Engine:
+    """An engine that is not started yet. Raises ConfigError where the config contradicts itself or the model."""
+    return Engine(config, spec, session_len(config, spec), _executor(config))
+
+
+def _executor(config: Config) -> Executor:
+    knobs = config.engine
+    if knobs.executor == "process" or (knobs.executor == "auto" and knobs.tp > 1):
+        return ProcessExecutor(config_to_json(config), knobs.tp, knobs.init_timeout_s)
+    if knobs.tp > 1:
+        raise ConfigError(f"engine.executor = 'thread' runs 1 rank, but engine.tp is {knobs.tp}; set executor = 'process'.")
+    return ThreadExecutor(lambda: build_runner(config, Ranks()))
+
+
+def build_runner(config: Config, ranks: Ranks) -> StepRunner:
+    """Load the model (this rank's share), allocate the KV pool, compile and warm up."""
+    spec = resolve_spec(config)
+    if config.engine.device == "mock":
+        from engine.mock import MockRunner
+
+        return MockRunner(config, spec, session_len(config, spec), config.cache.num_blocks or MOCK_BLOCKS)
+    _use_kernel_cache(config)
+    from engine.runner import Runner
+
+    return Runner(config, spec, session_len(config, spec), ranks)
+
+
+def _use_kernel_cache(config: Config) -> None:
+    """Compiled kernels go to the config's directory; numba reads the variable when it is first imported."""
+    path = Path(config.engine.kernel_cache_dir).resolve()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chmod(path, 0o700)
+    except OSError as error:
+        raise DeviceError(f"engine.kernel_cache_dir = {path} cannot be made: {error.strerror}.") from None
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(path))
+
+
+def num_threads(config: Config) -> int:
+    """CPU threads of a rank: the config's, else the cores this process may use, shared among the ranks."""
+    if config.engine.num_threads:
+        return config.engine.num_threads
+    return max(1, len(os.sched_getaffinity(0)) // config.engine.tp)

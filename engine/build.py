@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from config.schema import Config
-from config.load import config_to_json
+from config.wire import config_to_json
 from engine.errors import ConfigError, DeviceError
 from engine.executor import Executor, ProcessExecutor, StepRunner, ThreadExecutor
 from engine.loop import Engine
@@ -86,10 +86,3 @@ def _use_kernel_cache(config: Config) -> None:
     except OSError as error:
         raise DeviceError(f"engine.kernel_cache_dir = {path} cannot be made: {error.strerror}.") from None
     os.environ.setdefault("NUMBA_CACHE_DIR", str(path))
-
-
-def num_threads(config: Config) -> int:
-    """CPU threads of a rank: the config's, else the cores this process may use, shared among the ranks."""
-    if config.engine.num_threads:
-        return config.engine.num_threads
-    return max(1, len(os.sched_getaffinity(0)) // config.engine.tp)

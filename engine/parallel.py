@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,11 +34,23 @@ class Ranks:
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
         self._dist = dist
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place; every rank gets bit-identical results."""
+    def all_reduce(self, x: Any) -> Any:
+        """Sum a torch tensor or numpy array over ranks, in place; every rank gets bit-identical results."""
         if self.size > 1:
-            self._dist.all_reduce(x)
+            import torch
+
+            self._dist.all_reduce(torch.from_numpy(x) if isinstance(x, np.ndarray) else x)
         return x
+
+    def smallest(self, value: int) -> int:
+        """The least of the ranks' values, on every rank."""
+        if self.size == 1:
+            return value
+        import torch
+
+        tensor = torch.tensor([value], dtype=torch.int64)
+        self._dist.all_reduce(tensor, op=self._dist.ReduceOp.MIN)
+        return int(tensor.item())
 
     def gather_last(self, x: torch.Tensor) -> torch.Tensor:
         """Concatenate the ranks' [..., n] along the last axis, on every rank."""

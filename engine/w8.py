@@ -37,3 +37,8 @@ def dequantize(w: W8) -> np.ndarray:
     """float32 [N, K]."""
     q = w.q.reshape(w.out_features, -1, GROUP_SIZE).astype(np.float32)
     return (q * w.scale[:, :, None]).reshape(w.out_features, w.in_features)
+
+
+def concat_rows(parts: list[W8]) -> W8:
+    """Stack output channels of weights with one K."""
+    return W8(np.concatenate([p.q for p in parts]), np.concatenate([p.scale for p in parts]))

@@ -54,7 +54,7 @@ def worker_main(rank: int, size: int, config_json: str, private_dir: str, pipe: 
 
 
 def _build(rank: int, size: int, config_json: str, private_dir: str) -> Any:
-    from config.load import config_from_json
+    from config.wire import config_from_json
     from engine.build import build_runner
     from engine.parallel import Ranks
 

@@ -1,0 +1,168 @@
+"""What a decoder layer is made of, loaded from a checkpoint: tensor parallelism is an argument here and nowhere else.
+
+`split="out"` gives a rank its share of the output channels, `split="in"` its share of the input channels (the
+products are then summed over the ranks). Query heads are shared out evenly; where there are fewer KV heads than ranks
+a KV head is held by several.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine import w4, w8
+from engine.backend import Array, Backend, Weight
+from engine.errors import ConfigError
+from engine.models.spec import ModelSpec
+from engine.parallel import Ranks
+from engine.weights import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """This rank's part of the model's dimensions."""
+
+    heads: slice
+    kv_heads: slice
+    intermediate: slice
+    vocab: slice  # padded up to a multiple of the ranks: the last shard may be short
+
+    @property
+    def num_heads(self) -> int:
+        return self.heads.stop - self.heads.start
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads.stop - self.kv_heads.start
+
+
+def make_shard(spec: ModelSpec, rank: int, size: int) -> Shard:
+    """Raises ConfigError where the model cannot be cut into `size` parts."""
+    if spec.num_heads % size or spec.intermediate_size % size:
+        raise ConfigError(f"engine.tp = {size} does not divide {spec.num_heads} heads and {spec.intermediate_size} intermediate channels.")
+    if spec.num_kv_heads % size and size % spec.num_kv_heads:
+        raise ConfigError(f"engine.tp = {size} and {spec.num_kv_heads} KV heads: one must divide the other.")
+    kv_each = max(1, spec.num_kv_heads // size)
+    first_kv = rank * spec.num_kv_heads // size
+    vocab_each = -(-spec.vocab_size // size)
+    return Shard(
+        heads=_part(spec.num_heads // size, rank),
+        kv_heads=slice(first_kv, first_kv + kv_each),
+        intermediate=_part(spec.intermediate_size // size, rank),
+        vocab=slice(min(rank * vocab_each, spec.vocab_size), min((rank + 1) * vocab_each, spec.vocab_size)),
+    )
+
+
+def _part(each: int, rank: int) -> slice:
+    return slice(rank * each, (rank + 1) * each)
+
+
+def _channels(heads: slice, head_dim: int) -> slice:
+    return slice(heads.start * head_dim, heads.stop * head_dim)
+
+
+class Linear:
+    """y = x W^T + b over this rank's channels; `split="in"` sums the ranks' parts."""
+
+    def __init__(self, weight: Any, backend: Backend, ranks: Ranks, split: str | None) -> None:
+        self.weight = weight
+        self._backend = backend
+        self._ranks = ranks if split == "in" else None
+
+    def __call__(self, x: Array) -> Array:
+        y = self._backend.linear(x, self.weight)
+        return y if self._ranks is None else self._ranks.all_reduce(y)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The parameters of one decoder layer; norms and q/k norms are backend handles."""
+
+    input_norm: Any
+    qkv: Linear
+    q_norm: Any  # None without q/k norm
+    k_norm: Any
+    o: Linear
+    post_norm: Any
+    gate_up: Linear
+    down: Linear
+    window: int
+
+
+class LayerLoader:
+    """Reads layers of one checkpoint for one rank. `exact`: every weight dense, for float32 computing."""
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, backend: Backend, ranks: Ranks, *, exact: bool) -> None:
+        self._checkpoint = checkpoint
+        self._spec = spec
+        self._backend = backend
+        self._ranks = ranks
+        self._exact = exact
+        self.shard = make_shard(spec, ranks.rank, ranks.size)
+
+    def layer(self, index: int) -> Layer:
+        spec, shard = self._spec, self.shard
+        base = f"layers.{index}"
+        q, kv = _channels(shard.heads, spec.head_dim), _channels(shard.kv_heads, spec.head_dim)
+        return Layer(
+            input_norm=self.norm(f"{base}.input_norm"),
+            qkv=self._out([(f"{base}.q", q), (f"{base}.k", kv), (f"{base}.v", kv)], spec.qkv_bias),
+            q_norm=self.norm(f"{base}.q_norm") if spec.qk_norm else None,
+            k_norm=self.norm(f"{base}.k_norm") if spec.qk_norm else None,
+            o=self._in(f"{base}.o", q, spec.o_bias),
+            post_norm=self.norm(f"{base}.post_norm"),
+            gate_up=self._out([(f"{base}.gate", shard.intermediate), (f"{base}.up", shard.intermediate)], spec.mlp_bias),
+            down=self._in(f"{base}.down", shard.intermediate, spec.mlp_bias),
+            window=spec.window(index),
+        )
+
+    def norm(self, name: str) -> Any:
+        return self._backend.prepare_norm(self._checkpoint.weight(name, dense=True))
+
+    def embedding_and_head(self) -> tuple[Any, Linear]:
+        """The token table (whole on every rank) and the output head (cut by vocabulary)."""
+        table = self._checkpoint.weight("embed", dense=self._exact)
+        vocab = self.shard.vocab
+        if self._spec.tie_word_embeddings and self._ranks.size == 1:
+            embedding, head = self._backend.prepare_tied(table)
+        else:
+            embedding = self._backend.prepare_embedding(table)
+            head_name = "embed" if self._spec.tie_word_embeddings else "lm_head"
+            head = self._backend.prepare_linear(self._checkpoint.weight(head_name, rows=vocab, dense=self._exact), None)
+        return embedding, Linear(head, self._backend, self._ranks, "out")
+
+    def _out(self, parts: list[tuple[str, slice]], bias: bool) -> Linear:
+        """Several weights that read the same input, as one: their output channels one after the other."""
+        weight = stack([self._checkpoint.weight(name, rows=rows, dense=self._exact) for name, rows in parts])
+        biases = [self._checkpoint.bias(name, rows=rows) for name, rows in parts] if bias else []
+        return Linear(self._backend.prepare_linear(weight, torch.cat(biases) if bias else None), self._backend, self._ranks, "out")
+
+    def _in(self, name: str, columns: slice, bias: bool) -> Linear:
+        weight = self._checkpoint.weight(name, columns=columns, dense=self._exact)
+        # the ranks' products are summed: the bias must come in once
+        vector = self._checkpoint.bias(name) if bias else None
+        if self._ranks.rank != 0:
+            vector = None
+        return Linear(self._backend.prepare_linear(weight, vector), self._backend, self._ranks, "in")
+
+
+def stack(parts: list[Weight]) -> Weight:
+    """Weights with the same input, one under the other. Mixed forms (a Q4_K q beside a Q6_K v) become dense."""
+    if all(isinstance(p, w4.W4) for p in parts) and len({p.group_size for p in parts}) == 1:
+        return w4.concat_rows(parts)
+    if all(isinstance(p, w8.W8) for p in parts):
+        return w8.concat_rows(parts)
+    tensors = [to_dense(p) for p in parts]
+    widest = max((t.dtype for t in tensors), key=lambda d: (d.itemsize, d == torch.bfloat16))
+    return torch.cat([t.to(widest) for t in tensors])
+
+
+def to_dense(weight: Weight) -> torch.Tensor:
+    """A 16/32-bit tensor; group-quantized weights become float16, as a 16-bit checkpoint would hold them."""
+    if isinstance(weight, w4.W4):
+        return torch.from_numpy(w4.dequantize(weight)).to(torch.float16)
+    if isinstance(weight, w8.W8):
+        return torch.from_numpy(w8.dequantize(weight)).to(torch.float16)
+    return weight

@@ -1,0 +1,120 @@
+"""plan -> batch -> backend -> decoder -> logits -> sampler: what a rank does with each `StepPlan`.
+
+Owns the tensors: weights, KV pool, the persistent batch's slots and sampling state. Order of effects in a step:
+releases, admits and new blocks of the plan, forward, sample, then the sampled ids are written into their slots, where
+the next plan (already queued) finds them.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from config.schema import Config
+from engine.batch import Slots
+from engine.cache.layout import KVLayout
+from engine.errors import DeviceError
+from engine.load_backend import computing_dtype, load_backend, resolve_device
+from engine.models.decoder import Decoder
+from engine.models.spec import ModelSpec
+from engine.parallel import Ranks
+from engine.sampler import Sampler
+from engine.sequence import SamplingParams
+from engine.step import Admit, StepPlan, StepResult
+from engine.weights import open_checkpoint
+
+
+class Runner:
+    """One rank. Construction loads, allocates and warms up; then `step` is called with each plan, in order."""
+
+    def __init__(self, config: Config, spec: ModelSpec, session_len: int, ranks: Ranks) -> None:
+        self._ranks = ranks
+        device = resolve_device(config)
+        dtype = computing_dtype(config, device)
+        self._backend = load_backend(config, spec, device, dtype)
+        checkpoint = open_checkpoint(Path(config.model.path), spec)
+        exact = dtype == "float32"
+        self._decoder = Decoder(spec, checkpoint, self._backend, ranks, session_len=session_len, exact=exact)
+        checkpoint.finish()
+        cache = config.cache
+        layout = KVLayout(spec.num_layers, self._decoder.shard.num_kv_heads, spec.head_dim, cache.cache_block_seq_len, dtype)
+        self.num_blocks = ranks.smallest(num_kv_blocks(config, layout, session_len, free_bytes()))
+        self._kv = self._backend.make_kv(layout, self.num_blocks)
+        max_batch_size = config.engine.max_batch_size
+        self._slots = Slots(max_batch_size, session_len, cache.cache_block_seq_len)
+        self._sampler = Sampler(max_batch_size, session_len, spec.vocab_size)
+        self._warm_up(max_batch_size, config.engine.max_prefill_token_num)
+
+    def step(self, plan: StepPlan) -> StepResult:
+        started = time.perf_counter()
+        self._slots.apply(plan)
+        for slot in plan.releases:
+            self._sampler.release(slot)
+        for admit in plan.admits:
+            self._sampler.admit(admit)
+        if not plan.slots:
+            return StepResult(plan.step)
+        batch = self._slots.batch(plan)
+        logits = self._decoder.forward(batch, self._kv)
+        ids, logprobs = ([], []) if logits is None else self._sample(logits, batch.sampled_slots)
+        self._remember(plan, ids)
+        return StepResult(plan.step, tuple(ids), tuple(logprobs), int((time.perf_counter() - started) * 1e6))
+
+    def _sample(self, logits: np.ndarray, slots: tuple[int, ...]) -> tuple[list[int], list]:
+        """Rank 0 samples, the others are told."""
+        if self._ranks.size == 1:
+            return self._sampler.sample(logits, slots)
+        ids, logprobs = np.zeros(len(slots), np.int64), []
+        if self._ranks.rank == 0:
+            sampled, logprobs = self._sampler.sample(logits, slots)
+            ids[:] = sampled
+        return self._ranks.from_rank0(ids).tolist(), logprobs
+
+    def _remember(self, plan: StepPlan, ids: list[int]) -> None:
+        """A sampled id is the slot's next one (bad logits end the sequence; any valid id may stand there)."""
+        position = iter(ids)
+        for slot, start, count, sampled in zip(plan.slots, plan.starts, plan.counts, plan.samples, strict=True):
+            if sampled:
+                self._slots.ids[slot, start + count] = max(next(position), 0)
+
+    def _warm_up(self, max_batch_size: int, max_step_tokens: int) -> None:
+        """Run a prompt part and a decode step of each kind, so that no request waits for a compiler."""
+        tokens = max(1, min(32, max_step_tokens, self._slots.ids.shape[1] - 4, self.num_blocks * self._slots.block_seq_len - 4))
+        blocks = tuple(range(-(-(tokens + 2) // self._slots.block_seq_len)))
+        admit = Admit(0, tuple([0] * tokens), tokens, blocks, SamplingParams(max_tokens=2, temperature=1.0, top_k=2, top_p=0.9, logprobs=1))
+        self.step(StepPlan(0, admits=(admit,), slots=(0,), starts=(0,), counts=(tokens,), samples=(1,)))
+        self.step(StepPlan(1, slots=(0,), starts=(tokens,), counts=(1,), samples=(1,)))
+        self.step(StepPlan(2, releases=(0,)))
+
+
+def free_bytes() -> int:
+    """Memory that can be had without swapping, bytes (Linux: MemAvailable, and the cgroup's limit where there is one)."""
+    available = None
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    if available is None:
+        raise DeviceError("/proc/meminfo names no MemAvailable; set cache.num_blocks.")
+    return available
+
+
+def num_kv_blocks(config: Config, layout: KVLayout, session_len: int, free: int) -> int:
+    """KV blocks of the pool: cache.num_blocks, or what cache_max_entry_count of the free memory holds."""
+    cache = config.cache
+    if cache.num_blocks:
+        return cache.num_blocks
+    budget = int(free * cache.cache_max_entry_count)
+    if cache.cache_max_bytes:
+        budget = min(budget, cache.cache_max_bytes)
+    blocks = budget // layout.block_bytes
+    # more than every slot can fill is never used
+    blocks = min(blocks, config.engine.max_batch_size * -(-(session_len + 1) // layout.block_seq_len))
+    if blocks < 1:
+        raise DeviceError(
+            f"The KV pool has room for 0 blocks: one block is {layout.block_bytes / 2**20:.1f} MiB and the budget is "
+            f"{budget / 2**20:.1f} MiB; raise cache.cache_max_entry_count or lower cache.cache_block_seq_len."
+        )
+    return blocks

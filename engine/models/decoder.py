@@ -21,9 +21,7 @@ from engine.weights import Checkpoint
 class Decoder:
     """This rank's part of a model, ready to run on `backend`."""
 
-    def __init__(
-        self, spec: ModelSpec, checkpoint: Checkpoint, backend: Backend, ranks: Ranks, *, session_len: int, exact: bool
-    ) -> None:
+    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint, backend: Backend, ranks: Ranks, *, session_len: int, exact: bool) -> None:
         self.spec = spec
         self.backend = backend
         self._ranks = ranks

@@ -1,8 +1,7 @@
 """What a decoder layer is made of, loaded from a checkpoint: tensor parallelism is an argument here and nowhere else.
 
 `split="out"` gives a rank its share of the output channels, `split="in"` its share of the input channels (the
-products are then summed over the ranks). Query heads are shared out evenly; where there are fewer KV heads than ranks
-a KV head is held by several.
+products are then summed over the ranks).
 """
 
 from __future__ import annotations
@@ -39,24 +38,33 @@ class Shard:
 
 
 def make_shard(spec: ModelSpec, rank: int, size: int) -> Shard:
-    """Raises ConfigError where the model cannot be cut into `size` parts."""
-    if spec.num_heads % size or spec.intermediate_size % size:
-        raise ConfigError(f"engine.tp = {size} does not divide {spec.num_heads} heads and {spec.intermediate_size} intermediate channels.")
-    if spec.num_kv_heads % size and size % spec.num_kv_heads:
-        raise ConfigError(f"engine.tp = {size} and {spec.num_kv_heads} KV heads: one must divide the other.")
-    kv_each = max(1, spec.num_kv_heads // size)
-    first_kv = rank * spec.num_kv_heads // size
+    """Whole KV heads with their query heads where there are enough (shares may differ by one), else one KV head held by
+    several ranks. Raises ConfigError where the model cannot be cut into `size` parts."""
+    if spec.num_kv_heads >= size:
+        kv_heads = _share(spec.num_kv_heads, rank, size)
+        group = spec.num_heads // spec.num_kv_heads
+        heads = slice(kv_heads.start * group, kv_heads.stop * group)
+    elif size % spec.num_kv_heads or spec.num_heads % size:
+        raise ConfigError(f"engine.tp = {size} does not fit {spec.num_heads} heads over {spec.num_kv_heads} KV heads; use fewer ranks.")
+    else:
+        heads = _share(spec.num_heads, rank, size)
+        kv_head = rank * spec.num_kv_heads // size
+        kv_heads = slice(kv_head, kv_head + 1)
+    # cut between quantization groups where the dimension allows it
+    unit = next(u for u in (128, 64, 32, 1) if spec.intermediate_size % u == 0 and spec.intermediate_size // u >= size)
+    intermediate = _share(spec.intermediate_size // unit, rank, size)
     vocab_each = -(-spec.vocab_size // size)
     return Shard(
-        heads=_part(spec.num_heads // size, rank),
-        kv_heads=slice(first_kv, first_kv + kv_each),
-        intermediate=_part(spec.intermediate_size // size, rank),
+        heads=heads,
+        kv_heads=kv_heads,
+        intermediate=slice(intermediate.start * unit, intermediate.stop * unit),
         vocab=slice(min(rank * vocab_each, spec.vocab_size), min((rank + 1) * vocab_each, spec.vocab_size)),
     )
 
 
-def _part(each: int, rank: int) -> slice:
-    return slice(rank * each, (rank + 1) * each)
+def _share(count: int, rank: int, size: int) -> slice:
+    """Rank's part of `count` things, in order; parts differ by at most one."""
+    return slice(rank * count // size, (rank + 1) * count // size)
 
 
 def _channels(heads: slice, head_dim: int) -> slice:

@@ -22,7 +22,7 @@ from config.checks import contradictions
 from config.errors import ConfigError
 from config.schema import Config
 
-MAX_FILE_BYTES = 1 << 17
+MAX_FILE_BYTES = 1 << 16
 MAX_KEY_DOTS = 64  # tomllib's work grows with the square of a dotted key's length
 LONG_KEY = re.compile(r"(\.[^.\"'#,=]{0,64}){64}")
 MAX_ITEMS = 4096

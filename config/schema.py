@@ -18,8 +18,8 @@ def knob(
     default: Any,
     doc: str,
     *,
-    min: float | None = None,  # noqa: A002 - reads as the range it states
-    max: float | None = None,  # noqa: A002
+    min: float | None = None,
+    max: float | None = None,
     choices: tuple[Any, ...] = (),
     secret: bool = False,
 ) -> Any:
@@ -96,7 +96,9 @@ class Admission:
 class Shutdown:
     """What SIGTERM does."""
 
-    drain_delay_s: float = knob(0.0, "Seconds that the listener stays open after SIGTERM with readiness red (Kubernetes: 5).", min=0, max=600)
+    drain_delay_s: float = knob(
+        0.0, "Seconds that the listener stays open after SIGTERM with readiness red (Kubernetes: 5).", min=0, max=600
+    )
     drain_timeout_s: float = knob(30.0, "Seconds that running answers may take to finish.", min=0, max=86400)
 
 
@@ -107,7 +109,11 @@ class Model:
     path: str = knob("", "Hugging Face directory, .gguf file, or hub name.")
     model_name: str = knob("", "Name in /v1/models and in answers; empty: the last part of path.")
     model_format: str = knob(AUTO, "Checkpoint format; auto reads it from the files.", choices=(AUTO, "hf", "gguf"))
-    dtype: str = knob(AUTO, "Computing type. auto: bfloat16 where the device is fast at it, else float32. float32 is the exact mode.", choices=(AUTO, "bfloat16", "float16", "float32"))
+    dtype: str = knob(
+        AUTO,
+        "Computing type. auto: bfloat16 where the device is fast at it, else float32. float32 is the exact mode.",
+        choices=(AUTO, "bfloat16", "float16", "float32"),
+    )
     tokenizer: str = knob("", "Tokenizer file or directory; empty: beside the weights.")
     chat_template: str = knob("", "Jinja or LMDeploy-JSON template file; empty: the checkpoint's own.")
     revision: str = knob("", "Hub revision; empty: the default branch.")
@@ -118,18 +124,30 @@ class Model:
 class Engine:
     """How the model runs."""
 
-    device: str = knob(AUTO, "auto: cuda where there is one, else cpu. reference: slow numpy. mock: a fake model for tests of the server.", choices=(AUTO, "cpu", "reference", "mock"))
+    device: str = knob(
+        AUTO,
+        "auto: cuda where there is one, else cpu. reference: slow numpy. mock: a fake model for tests of the server.",
+        choices=(AUTO, "cpu", "reference", "mock"),
+    )
     tp: int = knob(1, "Tensor-parallel ranks.", min=1, max=64)
-    executor: str = knob(AUTO, "Where the runner lives; auto: a thread for one CPU rank, else one process a rank.", choices=(AUTO, "thread", "process"))
+    executor: str = knob(
+        AUTO, "Where the runner lives; auto: a thread for one CPU rank, else one process a rank.", choices=(AUTO, "thread", "process")
+    )
     session_len: int = knob(0, "Most tokens of prompt + answer in one sequence; 0: the model's own maximum.", min=0, max=1 << 24)
     max_batch_size: int = knob(64, "Sequences in the persistent batch.", min=1, max=4096)
-    max_prefill_token_num: int = knob(512, "Token budget of a step: running sequences first, prompt parts fill the rest.", min=1, max=1 << 20)
+    max_prefill_token_num: int = knob(
+        512, "Token budget of a step: running sequences first, prompt parts fill the rest.", min=1, max=1 << 20
+    )
     num_threads: int = knob(0, "CPU threads of the runner; 0: the cores this process may use.", min=0, max=1024)
     kernel_cache_dir: str = knob(".cache/kernels", "Where compiled kernels are kept (made with mode 0700).")
-    w4_dense_copy: str = knob(AUTO, "Keep a 16-bit copy of 4-bit weights for long prompt parts; auto: where memory allows.", choices=(AUTO, "true", "false"))
+    w4_dense_copy: str = knob(
+        AUTO, "Keep a 16-bit copy of 4-bit weights for long prompt parts; auto: where memory allows.", choices=(AUTO, "true", "false")
+    )
     rope_scaling_factor: float = knob(0.0, "0: as the checkpoint says; 1 or more: dynamic NTK scaling with this factor.", min=0, max=1024)
     use_logn_attn: bool = knob(False, "Scale queries beyond the trained length by log_n, as Qwen-1 does.")
-    step_timeout_s: float = knob(60.0, "A step that takes longer than this is a hung engine: the process exits with code 6.", min=0.1, max=3600)
+    step_timeout_s: float = knob(
+        60.0, "A step that takes longer than this is a hung engine: the process exits with code 6.", min=0.1, max=3600
+    )
     init_timeout_s: float = knob(600.0, "Longest start-up of a rank, seconds.", min=1, max=86400)
     mock_step_s: float = knob(0.0, "device = mock: seconds a step takes.", min=0, max=60)
 
@@ -138,7 +156,9 @@ class Engine:
 class Cache:
     """The blocked KV cache."""
 
-    cache_max_entry_count: float = knob(0.8, "Share of the memory that is free after the weights are loaded to give to KV blocks.", min=0.0, max=1.0)
+    cache_max_entry_count: float = knob(
+        0.8, "Share of the memory that is free after the weights are loaded to give to KV blocks.", min=0.0, max=1.0
+    )
     cache_max_bytes: int = knob(4 << 30, "Upper bound of the KV pool on the CPU, bytes; 0: none.", min=0)
     num_blocks: int = knob(0, "KV blocks; 0: from cache_max_entry_count.", min=0, max=1 << 28)
     cache_block_seq_len: int = knob(64, "Positions in a KV block.", choices=(1, 2, 4, 8, 16, 32, 64, 128))

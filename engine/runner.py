@@ -110,8 +110,8 @@ def num_kv_blocks(config: Config, layout: KVLayout, session_len: int, free: int)
     if cache.cache_max_bytes:
         budget = min(budget, cache.cache_max_bytes)
     blocks = budget // layout.block_bytes
-    # more than every slot can fill is never used
-    blocks = min(blocks, config.engine.max_batch_size * -(-(session_len + 1) // layout.block_seq_len))
+    # a tiny model could have millions of blocks: four times what all slots can fill is plenty for the prefix cache
+    blocks = min(blocks, 4 * config.engine.max_batch_size * -(-(session_len + 1) // layout.block_seq_len))
     if blocks < 1:
         raise DeviceError(
             f"The KV pool has room for 0 blocks: one block is {layout.block_bytes / 2**20:.1f} MiB and the budget is "

@@ -73,10 +73,11 @@ class Knob:
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
-    """The configuration and, for each `section.key`, where its value came from."""
+    """The configuration; for each `section.key`, where its value came from; what the log should warn of."""
 
     config: Config
     origins: dict[str, str]
+    warnings: tuple[str, ...] = ()
 
 
 def _read_schema() -> dict[str, dict[str, Knob]]:
@@ -123,7 +124,9 @@ def load_config(path: Path | None, *, sets: Sequence[str] = (), environ: Mapping
     )
     for key, reason in contradictions(config):
         raise ConfigError(f"{_place(origins[key])}:{key}: {reason}")
-    return LoadedConfig(config, origins)
+    on_argv = [knob.key for knob in all_knobs() if knob.secret and origins[knob.key] == "--set"]
+    warnings = tuple(f"{key} was given on the command line, where other users of this machine can read it." for key in on_argv)
+    return LoadedConfig(config, origins, warnings)
 
 
 def _place(origin: str) -> str:
@@ -154,6 +157,8 @@ def _read(path: Path, label: str) -> str:
             raise ConfigError(f"{label}: is not a regular file.")
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"{label}: there is no such file.") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -251,10 +256,11 @@ def parse_text(knob: Knob, text: str, where: str) -> Any:
         return check_value(knob, text, where)
     if text.startswith("["):
         try:
-            return check_value(knob, tomllib.loads(f"value = {text}")["value"], where)
+            items = tomllib.loads(f"value = {text}")["value"]
         except (ValueError, RecursionError):
             reason = 'must be a comma-separated list or a TOML array of strings such as ["a", "b"].'
             raise ConfigError(f"{where}: {reason}") from None
+        return check_value(knob, items, where)
     return check_value(knob, [part.strip() for part in text.split(",")] if text else [], where)
 
 

@@ -24,7 +24,9 @@ def pytest_configure() -> None:
     kernels.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ["NUMBA_CACHE_DIR"] = str(kernels)  # read by numba when it is first imported, here and in child processes
     os.environ["PYTHONFAULTHANDLER"] = "1"  # a child that dies of a signal says where
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        dict.fromkeys([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+    )
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost,::1"
     if str(ROOT) not in sys.path:

@@ -109,14 +109,10 @@ def load_tokenizer_json(path: Path, hub: HubSettings) -> Tokenizer:
     spec = read_json(path, MAX_TOKENIZER_JSON)
     kind = _json_kind(path.name, spec)
     with library_errors(path.name):
+        spec = _with_declared(path.name, spec | {"truncation": None, "padding": None}, hub)
         library = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        library.no_truncation()
-        library.no_padding()
-        _add_declared(path.name, library, hub)
-        plain = None
-        if kind.text_prefix != "never":
-            plain = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(spec)))
-            _add_declared(path.name, plain, hub)
+        _check_declared(path.name, library, hub)
+        plain = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(spec))) if kind.text_prefix != "never" else None
         vocab = library.get_vocab(with_added_tokens=True)
         added = library.get_added_tokens_decoder()
         start = library.encode("", add_special_tokens=True).ids
@@ -166,8 +162,8 @@ def _json_kind(file: str, spec: dict[str, Any]) -> _JsonKind:
         if p.get("type") == "Metaspace":
             scheme = p.get("prepend_scheme", "always" if p.get("add_prefix_space", True) else "never")
             text_prefix = {"always": "segments", "first": "first"}.get(scheme, "never")
-    strips = any(p.get("type") == "Strip" and p.get("start") for p in after)
-    return _JsonKind(False, text_prefix, strips or text_prefix != "never")
+    # some files strip a space that they never add (InternLM2); decoding is the inverse of encoding here
+    return _JsonKind(False, text_prefix, text_prefix != "never")
 
 
 def _replaces_space(part: dict[str, Any]) -> bool:
@@ -193,14 +189,32 @@ def _drop_prefix(stage: Any) -> Any:
     return {**stage, "add_prefix_space": False} if kind == "ByteLevel" else stage
 
 
-def _add_declared(file: str, library: tokenizers.Tokenizer, hub: HubSettings) -> None:
-    """Tokens that tokenizer_config.json declares and tokenizer.json does not; both must agree on the id."""
-    known = library.get_added_tokens_decoder()
+def _with_declared(file: str, spec: dict[str, Any], hub: HubSettings) -> dict[str, Any]:
+    """Enter tokens that tokenizer_config.json declares and tokenizer.json does not. A declared id that the vocabulary
+    holds under another name is renamed: that is how InternLM2 fills its placeholders."""
+    added = list(spec.get("added_tokens") or [])
+    known = {t.get("id") for t in added if isinstance(t, dict)}
+    model = spec.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    vocab = dict(vocab) if isinstance(vocab, dict) else {}
+    names = {token_id: token for token, token_id in vocab.items()}
     for token_id, token in sorted(hub.added_tokens.items()):
         if token_id in known:
             continue
-        added = tokenizers.AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=token.special)
-        library.add_tokens([added])
+        if vocab.get(token.content, token_id) != token_id:
+            raise FormatError(file, printable(token.content), f"tokenizer_config.json gives it id {token_id}, the vocabulary another")
+        if token_id in names and names[token_id] != token.content:
+            del vocab[names[token_id]]
+            vocab[token.content] = token_id
+        flags = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": False, "normalized": False, "special": token.special}
+        added.append({"id": token_id, "content": token.content, **flags})
+    if not hub.added_tokens or not vocab:
+        return spec
+    return {**spec, "added_tokens": sorted(added, key=lambda t: t["id"]), "model": {**model, "vocab": vocab}}
+
+
+def _check_declared(file: str, library: tokenizers.Tokenizer, hub: HubSettings) -> None:
+    for token_id, token in hub.added_tokens.items():
         if library.token_to_id(token.content) != token_id:
             raise FormatError(file, printable(token.content), f"tokenizer_config.json gives it id {token_id}, the vocabulary another")
 

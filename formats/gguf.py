@@ -14,8 +14,6 @@ disjoint and inside the file. Little-endian versions 2 and 3 only.
 from __future__ import annotations
 
 import mmap
-import os
-import stat
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import NoReturn
 import numpy as np
 
 from formats.errors import FormatError
+from formats.files import map_file
 
 MAGIC = b"GGUF"
 MAX_KEYS = 4096
@@ -119,31 +118,12 @@ class GGUFFile:
 def read_gguf(path: Path | str) -> GGUFFile:
     """Read a header; tensor data is mapped and not touched. Raises FormatError and nothing else."""
     path = Path(path)
-    mapped = _map_file(path)
+    mapped = map_file(path, smallest=len(MAGIC))
     reader = _Reader(path.name, mapped)
     version, num_tensors = reader.preamble()
     metadata = reader.keys()
     alignment = _alignment(path.name, metadata)
     return GGUFFile(path, version, metadata, reader.tensor_entries(num_tensors, alignment), mapped)
-
-
-def _map_file(path: Path) -> mmap.mmap:
-    try:
-        with open(path, "rb", opener=_open_regular) as file:
-            if os.fstat(file.fileno()).st_size < len(MAGIC):
-                raise FormatError(path.name, "", "not a GGUF file: shorter than its magic number")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as e:
-        raise FormatError(path.name, "", getattr(e, "strerror", None) or str(e)) from e
-
-
-def _open_regular(name: str, flags: int) -> int:
-    """Open without waiting for a writer (a FIFO would), and only a regular file."""
-    fd = os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(0, "not a regular file")
-    return fd
 
 
 def _alignment(file: str, metadata: dict[str, object]) -> int:

@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from formats.errors import FormatError, printable
 
@@ -19,27 +19,29 @@ MAX_BYTES = 8 << 20
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The object in `path`. Raises FormatError and nothing else."""
-
-    def refuse(reason: str) -> NoReturn:
-        raise FormatError(path.name, "", reason)
-
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with open(fd, "rb") as file:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                refuse("not a regular file")
+                raise FormatError(path.name, "", "not a regular file")
             data = file.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            refuse(f"larger than {max_bytes} bytes")
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except OSError as e:
-        refuse(e.strerror or str(e))
-    except RecursionError:
-        refuse("nested too deeply")
+        raise FormatError(path.name, "", e.strerror or str(e)) from e
+    if len(data) > max_bytes:
+        raise FormatError(path.name, "", f"larger than {max_bytes} bytes")
+    return parse_object(data, path.name)
+
+
+def parse_object(data: bytes, file: str, where: str = "") -> dict[str, Any]:
+    """One JSON object, UTF-8; FormatError naming `file` and `where` otherwise."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except RecursionError as e:
+        raise FormatError(file, where, "nested too deeply") from e
     except ValueError as e:  # bad JSON, bad UTF-8, a number of thousands of digits
-        refuse(str(e)[:200])
+        raise FormatError(file, where, str(e)[:200]) from e
     if not isinstance(value, dict):
-        refuse("the top level is not an object")
+        raise FormatError(file, where, "the top level is not an object")
     return value
 
 

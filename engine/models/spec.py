@@ -180,7 +180,7 @@ def load_spec(path: Path | str) -> ModelSpec:
 
 
 def apply_overrides(spec: ModelSpec, engine: Engine) -> ModelSpec:
-    """The spec as [engine] rope_scaling_factor and use_logn_attn want it. Their trained length is the checkpoint's."""
+    """The spec as [engine] rope_scaling_factor and use_logn_attn want it; `max_position` stays the trained length."""
     if engine.use_logn_attn:
         spec = dataclasses.replace(spec, use_logn_attn=True)
     factor = engine.rope_scaling_factor
@@ -192,8 +192,7 @@ def apply_overrides(spec: ModelSpec, engine: Engine) -> ModelSpec:
     if kind not in ("default", "dynamic"):
         raise ConfigError(f"engine.rope_scaling_factor = {factor:g} contradicts the checkpoint's own {kind} scaling; set it to 0")
     trained = spec.rope.original_max_position or spec.max_position
-    rope = dataclasses.replace(spec.rope, kind="dynamic", factor=factor, original_max_position=trained)
-    return dataclasses.replace(spec, rope=rope, max_position=int(trained * factor))
+    return dataclasses.replace(spec, rope=dataclasses.replace(spec.rope, kind="dynamic", factor=factor, original_max_position=trained))
 
 
 # ---- Hugging Face

@@ -1,0 +1,201 @@
+"""Which tensor of which file holds which parameter: names, shapes and types checked both ways before anything is read.
+
+Canonical names are the ones of `engine/models/decoder.py`:
+
+    embed   layers.{i}.{input_norm,q,k,v,o,q_norm,k_norm,post_norm,gate,up,down}   final_norm   lm_head
+
+each with `.weight` and, where the spec says so, `.bias`. Headers only, no torch: the memory plan is made from this.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from engine.errors import ModelError
+from engine.models.spec import FAMILIES, ModelSpec
+from formats.errors import FormatError, printable
+from formats.gguf import GGUFFile, read_gguf
+from formats.json_file import read_json
+from formats.safetensors import SafetensorsFile, read_safetensors
+
+DENSE_TYPES = ("F32", "F16", "BF16")
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_INDEX_BYTES = 32 << 20
+MAX_LISTED = 8  # names in a message
+
+HF_NAMES = {
+    "embed": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "lm_head": "lm_head",
+    "input_norm": "model.layers.{i}.input_layernorm",
+    "q": "model.layers.{i}.self_attn.q_proj",
+    "k": "model.layers.{i}.self_attn.k_proj",
+    "v": "model.layers.{i}.self_attn.v_proj",
+    "o": "model.layers.{i}.self_attn.o_proj",
+    "q_norm": "model.layers.{i}.self_attn.q_norm",
+    "k_norm": "model.layers.{i}.self_attn.k_norm",
+    "post_norm": "model.layers.{i}.post_attention_layernorm",
+    "gate": "model.layers.{i}.mlp.gate_proj",
+    "up": "model.layers.{i}.mlp.up_proj",
+    "down": "model.layers.{i}.mlp.down_proj",
+}
+GGUF_NAMES = {
+    "embed": "token_embd",
+    "final_norm": "output_norm",
+    "lm_head": "output",
+    "input_norm": "blk.{i}.attn_norm",
+    "q": "blk.{i}.attn_q",
+    "k": "blk.{i}.attn_k",
+    "v": "blk.{i}.attn_v",
+    "o": "blk.{i}.attn_output",
+    "q_norm": "blk.{i}.attn_q_norm",
+    "k_norm": "blk.{i}.attn_k_norm",
+    "post_norm": "blk.{i}.ffn_norm",
+    "gate": "blk.{i}.ffn_gate",
+    "up": "blk.{i}.ffn_up",
+    "down": "blk.{i}.ffn_down",
+}
+# Tensors that may be there and are not parameters: what they hold follows from the spec.
+DERIVED = re.compile(r"(model\.(layers\.\d{1,4}\.self_attn\.)?rotary_emb\.inv_freq|rope_freqs\.weight|blk\.\d{1,4}\.attn_rot_embd)")
+
+
+class TensorFile(Protocol):
+    """What GGUFFile and SafetensorsFile have in common."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def raw(self, name: str) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a parameter lies. `type` is a key of `formats.gguf.TYPES` (safetensors: one of DENSE_TYPES)."""
+
+    file: TensorFile
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    interleaved_heads: int = 0  # rows of this many heads are in GGUF's order: pairs of rotated dimensions side by side
+
+    def fail(self, reason: str) -> ModelError:
+        return ModelError(f"{printable(self.file.path.name)}: {printable(self.name)}: {reason}")
+
+
+def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Canonical name with suffix -> shape, in the order of the model."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    matrices = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
+    matrices |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    biased = set("qkv" if spec.qkv_bias else "") | set("o" if spec.o_bias else "") | ({"gate", "up", "down"} if spec.mlp_bias else set())
+    norms = {"input_norm": hidden, "post_norm": hidden} | ({"q_norm": spec.head_dim, "k_norm": spec.head_dim} if spec.qk_norm else {})
+    out: dict[str, tuple[int, ...]] = {"embed.weight": (spec.vocab_size, hidden)}
+    for i in range(spec.num_layers):
+        out |= {f"layers.{i}.{name}.weight": (width,) for name, width in norms.items()}
+        out |= {f"layers.{i}.{name}.weight": shape for name, shape in matrices.items()}
+        out |= {f"layers.{i}.{name}.bias": matrices[name][:1] for name in matrices if name in biased}
+    out["final_norm.weight"] = (hidden,)
+    if not spec.tie_word_embeddings:
+        out["lm_head.weight"] = (spec.vocab_size, hidden)
+    return out
+
+
+def file_name(canonical: str, names: Mapping[str, str]) -> str:
+    """`layers.3.q.weight` -> the tensor's name in a file that uses `names`."""
+    *place, part, suffix = canonical.split(".")
+    return f"{names[part].format(i=place[1] if place else '')}.{suffix}"
+
+
+def take_stock(path: Path | str, spec: ModelSpec) -> dict[str, Stored]:
+    """Canonical name with suffix -> where it is stored, for exactly the parameters that the spec implies. ModelError where
+    a tensor is missing, left over, or of a shape or type that does not fit."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _stock_of_directory(path, spec)
+        return _stock_of_gguf(read_gguf(path), spec)
+    except FormatError as e:
+        raise ModelError(str(e)) from e
+
+
+def _stock_of_gguf(file: GGUFFile, spec: ModelSpec) -> dict[str, Stored]:
+    # HF's converter reorders the rows of q and k for this architecture, and for no other of ours
+    permuted = FAMILIES[spec.family].permuted_qk
+    heads = {"q": spec.num_heads, "k": spec.num_kv_heads} if permuted else {}
+    found = {t.name: Stored(file, t.name, t.shape, t.type) for t in file.tensors.values()}
+    stock = _match(file.path.name, found, GGUF_NAMES, spec)
+    for canonical, s in stock.items():
+        if interleaved := heads.get(canonical.split(".")[-2], 0):
+            stock[canonical] = Stored(file, s.name, s.shape, s.type, interleaved)
+    return stock
+
+
+def _stock_of_directory(path: Path, spec: ModelSpec) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    for file in _shards(path):
+        for t in file.tensors.values():
+            if t.name in found:
+                raise ModelError(f"{printable(file.path.name)}: {printable(t.name)}: is in {found[t.name].file.path.name} too")
+            found[t.name] = Stored(file, t.name, t.shape, t.dtype)
+    if spec.tie_word_embeddings:
+        found.pop("lm_head.weight", None)  # a copy that some checkpoints carry; the embedding rules
+    return _match(INDEX if (path / INDEX).exists() else SINGLE, found, HF_NAMES, spec)
+
+
+def _shards(path: Path) -> list[SafetensorsFile]:
+    """The directory's safetensors files, checked against their index where there is one."""
+    if not (path / INDEX).exists():
+        if not (path / SINGLE).exists():
+            raise ModelError(f"{printable(path.name)}: neither {SINGLE} nor {INDEX} is there; other formats of weights are not read")
+        return [read_safetensors(path / SINGLE)]
+    index = read_json(path / INDEX, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise ModelError(f"{INDEX}:weight_map: missing or not an object")
+    for name in set(map(str, index.values())):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", name):
+            raise ModelError(f"{INDEX}:weight_map: {printable(name)!r} is not the name of a safetensors file beside the index")
+    files = [read_safetensors(path / name) for name in sorted(set(index.values()))]
+    for file in files:
+        listed = {name for name, place in index.items() if place == file.path.name}
+        if odd := sorted(listed ^ file.tensors.keys()):
+            raise ModelError(f"{INDEX}:weight_map: does not agree with {file.path.name} about {_listing(odd)}")
+    return files
+
+
+def _match(file: str, found: dict[str, Stored], names: Mapping[str, str], spec: ModelSpec) -> dict[str, Stored]:
+    """Both ways: everything expected is there, as expected; nothing else is."""
+    stock: dict[str, Stored] = {}
+    missing = []
+    for canonical, shape in expected_shapes(spec).items():
+        name = file_name(canonical, names)
+        if name not in found:
+            missing.append(name)
+            continue
+        stored = stock[canonical] = found.pop(name)
+        if stored.shape != shape:
+            raise stored.fail(f"shape {stored.shape}, the model's configuration wants {shape}")
+        _check_type(stored, len(shape))
+    if missing:
+        raise ModelError(f"{printable(file)}: missing: {_listing(missing)}")
+    if extra := sorted(name for name in found if not DERIVED.fullmatch(name)):
+        raise ModelError(f"{printable(file)}: tensors that the model's configuration has no use for: {_listing(extra)}")
+    return stock
+
+
+def _check_type(stored: Stored, n_dims: int) -> None:
+    if stored.type in DENSE_TYPES or n_dims == 2 and isinstance(stored.file, GGUFFile):
+        return
+    raise stored.fail(f"type {stored.type} is not supported here; supported: {', '.join(DENSE_TYPES)}")
+
+
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(map(printable, names[:MAX_LISTED]))
+    return shown if len(names) <= MAX_LISTED else f"{shown} and {len(names) - MAX_LISTED} more"

@@ -94,14 +94,6 @@ class Sampler:
                 asked.append((row, self._describe(raw.get(row, logits[row]), token, self._logprobs[slot])))
         return ids, asked
 
-    def warm_up(self) -> None:
-        """Compile every loop (or load it from the disk cache), so that no first request pays for it."""
-        other = Sampler(1, 8, self.vocab_size)
-        logits = np.zeros((1, self.vocab_size), np.float32)
-        for params in (SamplingParams(max_tokens=4, temperature=0.0), SamplingParams(max_tokens=4, top_p=0.5, logprobs=1)):
-            other.admit(Admit(0, (0,), 1, (), params))
-            other.sample(logits, (0,))
-
     def _describe(self, row: np.ndarray, token: int, k: int) -> Logprobs:
         highest, log_total, rank, n = kernels.row_logprobs(
             row, row.view(np.int32), token, min(k, self.vocab_size), self._scratch, self._top_ids

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -152,7 +153,7 @@ class MockRunner:
             raise MockCanaryError(what + ".")
 
 
-def mix(x: np.ndarray | np.uint64) -> np.ndarray:
+def mix(x: Any) -> Any:
     """splitmix64's output function (Steele, Lea, Flood 2014), elementwise on uint64."""
     with np.errstate(over="ignore"):
         x = (x + np.uint64(0x9E3779B97F4A7C15)) & np.uint64(_WORD)

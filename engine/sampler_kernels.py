@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+Array = np.ndarray
+
 BLOCK = 64  # ids whose largest key (or summed weight) is kept, so that later passes skip what cannot matter
 WEIGHT_BITS = 43  # of weight 1.0; with fewer than 2**20 ids the sum stays below 2**63
 MAX_VOCAB = (1 << 20) - 1
@@ -89,13 +91,13 @@ def make_scratch(vocab_size: int) -> Scratch:
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _key(bits):  # int32 pattern of a float32 -> int32 that orders as the number does
+def _key(bits: int) -> int:  # int32 pattern of a float32 -> int32 that orders as the number does
     flipped = np.int32(bits ^ ((bits >> np.int32(31)) & _FLIP))
     return np.int32(0) if bits == _NEG_ZERO else flipped
 
 
 @njit(cache=True, nogil=True)
-def scan(bits, block_max):
+def scan(bits: Array, block_max: Array) -> tuple[int, int]:
     """One pass: the largest key of each block, -> (largest, smallest) key of the row."""
     vocab = len(bits)
     low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
@@ -114,12 +116,12 @@ def scan(bits, block_max):
 
 
 @njit(cache=True, nogil=True)
-def _unusable(high, low):
+def _unusable(high: int, low: int) -> bool:
     return high >= KEY_POS_INF or high <= KEY_NEG_INF or low < KEY_NEG_INF
 
 
 @njit(cache=True, nogil=True)
-def _first_of_key(bits, block_max, key):
+def _first_of_key(bits: Array, block_max: Array, key: int) -> int:
     """The lowest id with this key (there is one)."""
     block = 0
     while block_max[block] < key:
@@ -131,7 +133,7 @@ def _first_of_key(bits, block_max, key):
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _weight(x, highest, inverse_temperature):
+def _weight(x: float, highest: float, inverse_temperature: float) -> int:
     """exp((x - highest) * inverse_temperature) in units of 2**-43; x <= highest, -inf allowed.
 
     exp(y) = 2**n exp(r) with |r| <= ln2 / 2 and exp(r) by its Taylor series to r**7 (relative error below 1e-7).
@@ -151,7 +153,7 @@ def _weight(x, highest, inverse_temperature):
 
 
 @njit(cache=True, nogil=True)
-def weigh(row, highest, inverse_temperature, scratch):
+def weigh(row: Array, highest: float, inverse_temperature: float, scratch: Scratch) -> int:
     """One pass: the weight of every id, the sum and the largest of every block; -> the weight of all."""
     vocab = len(row)
     total = np.int64(0)
@@ -172,7 +174,7 @@ def weigh(row, highest, inverse_temperature, scratch):
 
 
 @njit(cache=True, nogil=True)
-def _threshold(keys, weights, n, target, bins):
+def _threshold(keys: Array, weights: Array, n: int, target: int, bins: Array) -> tuple[int, int]:
     """Where the shortest prefix, in order, whose weight is at least `target` ends: -> (key, entries with that key).
 
     The prefix is every entry with a larger key and the first so many with this one. 1 <= target <= weight of all.
@@ -203,7 +205,7 @@ def _threshold(keys, weights, n, target, bins):
 
 
 @njit(cache=True, nogil=True)
-def _keep(scratch, n, key, ties):
+def _keep(scratch: Scratch, n: int, key: int, ties: int) -> int:
     """Drop candidates beyond a threshold, in place; -> how many are left."""
     kept = 0
     for i in range(n):
@@ -218,7 +220,7 @@ def _keep(scratch, n, key, ties):
 
 
 @njit(cache=True, nogil=True)
-def _gather(bits, floor, scratch):
+def _gather(bits: Array, floor: int, scratch: Scratch) -> int:
     """The ids whose key is at least `floor` become the candidates; needs `scan`'s block_max. -> how many."""
     n = 0
     for block in range(len(scratch.block_max)):
@@ -233,7 +235,7 @@ def _gather(bits, floor, scratch):
 
 
 @njit(cache=True, nogil=True)
-def _gather_heavy(bits, least, scratch):
+def _gather_heavy(bits: Array, least: int, scratch: Scratch) -> int:
     """The ids whose weight is at least `least` become the candidates; needs `weigh`'s weights. -> how many."""
     n = 0
     for block in range(len(scratch.block_top)):
@@ -247,7 +249,7 @@ def _gather_heavy(bits, least, scratch):
 
 
 @njit(cache=True, nogil=True)
-def _gather_top(bits, k, scratch):
+def _gather_top(bits: Array, k: int, scratch: Scratch) -> int:
     """The k first ids in order (fewer where fewer are above -inf) become the candidates. -> how many."""
     blocks = len(scratch.block_max)
     floor = np.int64(KEY_NEG_INF + 1)
@@ -261,7 +263,7 @@ def _gather_top(bits, k, scratch):
 
 
 @njit(cache=True, nogil=True)
-def _gather_nucleus(bits, total, target, scratch):
+def _gather_nucleus(bits: Array, total: int, target: int, scratch: Scratch) -> int:
     """Candidates that hold the shortest prefix weighing `target`: few where a few ids weigh much. -> how many."""
     blocks = len(scratch.block_top)
     tops = np.int64(0)
@@ -281,7 +283,7 @@ def _gather_nucleus(bits, total, target, scratch):
 
 
 @njit(cache=True, nogil=True)
-def philox(counter, key):
+def philox(counter: tuple[int, int], key: int) -> tuple[int, int]:
     """Philox4x32-10: a counter of two 64-bit words (low, high) and a 64-bit key -> two random 64-bit words (low, high)."""
     c0, c1 = counter[0] & _U32, counter[0] >> _SHIFT
     c2, c3 = counter[1] & _U32, counter[1] >> _SHIFT
@@ -294,7 +296,7 @@ def philox(counter, key):
 
 
 @njit(cache=True, nogil=True)
-def _mul_high(a, b):
+def _mul_high(a: int, b: int) -> int:
     """The upper 64 bits of a 64 x 64 bit product."""
     a0, a1, b0, b1 = a & _U32, a >> _SHIFT, b & _U32, b >> _SHIFT
     middle = a1 * b0 + ((a0 * b0) >> _SHIFT)
@@ -302,14 +304,14 @@ def _mul_high(a, b):
 
 
 @njit(cache=True, nogil=True)
-def _point(seed, position, total):
+def _point(seed: int, position: int, total: int) -> int:
     """The random weight of a row, 0 .. total - 1: a function of seed and position only."""
     low, _ = philox((np.uint64(position), np.uint64(0)), seed)
     return np.int64(_mul_high(low, np.uint64(total)))
 
 
 @njit(cache=True, nogil=True)
-def _walk(weights, start, point):
+def _walk(weights: Array, start: int, point: int) -> int:
     """The first index from `start` at which the running weight exceeds `point`."""
     i = start
     while point >= weights[i]:
@@ -319,7 +321,7 @@ def _walk(weights, start, point):
 
 
 @njit(cache=True, nogil=True)
-def _draw(row, bits, high, knobs, slot, scratch):
+def _draw(row: Array, bits: Array, high: int, knobs: Knobs, slot: int, scratch: Scratch) -> int:
     """One id of a usable row, from the distribution that temperature, top_k, top_p and min_p leave."""
     highest = row[_first_of_key(bits, scratch.block_max, high)]
     inverse_temperature = knobs.inverse_temperature[slot]
@@ -352,13 +354,13 @@ def _draw(row, bits, high, knobs, slot, scratch):
 
 
 @njit(cache=True, nogil=True)
-def _share(top_p, total):
+def _share(top_p: float, total: int) -> int:
     """The weight that the ids kept by top_p must reach."""
     return min(max(np.int64(np.ceil(top_p * total)), np.int64(1)), total)
 
 
 @njit(cache=True, nogil=True)
-def _draw_of_all(point, scratch):
+def _draw_of_all(point: int, scratch: Scratch) -> int:
     block = 0
     while point >= scratch.block_sum[block]:
         point -= scratch.block_sum[block]
@@ -367,7 +369,7 @@ def _draw_of_all(point, scratch):
 
 
 @njit(cache=True, nogil=True)
-def sample_rows(logits, bits, slots, knobs, scratch, out):
+def sample_rows(logits: Array, bits: Array, slots: Array, knobs: Knobs, scratch: Scratch, out: Array) -> None:
     """Row i of logits [S, V] (bits: the same memory as int32) is sampled as slot `slots[i]` says, into out[i]."""
     for i in range(len(slots)):
         high, low = scan(bits[i], scratch.block_max)
@@ -380,7 +382,7 @@ def sample_rows(logits, bits, slots, knobs, scratch, out):
 
 
 @njit(cache=True, nogil=True)
-def row_logprobs(row, bits, chosen, k, scratch, top_ids):
+def row_logprobs(row: Array, bits: Array, chosen: int, k: int, scratch: Scratch, top_ids: Array) -> tuple[float, float, int, int]:
     """Of a usable row: -> (highest logit, log of sum of exp(x - highest), rank of `chosen`, top_ids filled).
 
     At most k ids, in order; ids at -inf are left out.

@@ -1,11 +1,12 @@
 """A fake model: the next id is a hash of all ids before it, so that every ordering mistake changes an answer.
 
 `MockRunner` interprets each `StepPlan` in full, as the real runner does, and beside it keeps a *canary store*: for
-every KV slot the position and the hash of the id prefix that the row which computed it had. Before a row is sampled
-its whole context is read back through its block table and compared, so a wrong block table, a stale block, a skipped
-or doubled position raises `MockCanaryError` in the step where it happens. Numpy only; no model, no tensors.
+every KV slot a hash of the offset in its block and of the whole id prefix of the row that computed it. Before a row
+is sampled its whole context is read back through its block table and compared, so a wrong block table, a stale block,
+a skipped or doubled position raises `MockCanaryError` in the step where it happens. Numpy only; no model, no tensors.
 
     hash of ids[0 .. p]   H(p) = sum of (ids[i] + 1) * R(i) modulo 2**64, R(i) = mix(i) | 1
+    canary of p           C(p) = mix(H(p) + R(p mod block_seq_len)); compared as sums over whole blocks
     next id               x = mix(H(last) + mix(seed)); end of sequence where x % 64 == 0, else 32 + (x >> 8) % 95
     seed                  the sequence's; 0 where it is sampled greedily
 """
@@ -35,24 +36,23 @@ class MockCanaryError(Exception):
 
 
 class MockRunner:
-    """Stands where `engine.runner.Runner` stands. `verify`: "full" reads back every position of every row in every
-    step, "fast" the last position of each block and of each row."""
+    """Stands where `engine.runner.Runner` stands."""
 
-    def __init__(self, config: Config, spec: ModelSpec, session_len: int, num_blocks: int, verify: str = "full") -> None:
-        if verify not in ("full", "fast"):
-            raise ValueError(f"verify must be full or fast, not {verify!r}.")
-        max_batch_size, self._block_seq_len = config.engine.max_batch_size, config.cache.cache_block_seq_len
+    def __init__(self, config: Config, spec: ModelSpec, session_len: int, num_blocks: int) -> None:
+        max_batch_size, size = config.engine.max_batch_size, config.cache.cache_block_seq_len
         self.num_blocks = num_blocks
+        self._block_seq_len = size
         self._step_s = config.engine.mock_step_s
-        self._verify_full = verify == "full"
-        self._slots = Slots(max_batch_size, session_len, self._block_seq_len)
+        self._slots = Slots(max_batch_size, session_len, size)
         self._admits: list[Admit | None] = [None] * max_batch_size
         self._num_ids = np.zeros(max_batch_size, np.int64)  # ids known
-        self._hashes = np.empty((max_batch_size, session_len + 1), np.uint64)  # H of every known position
+        self._hashes = np.empty((max_batch_size, session_len + 1), np.uint64)  # H(p) of every known position
+        self._sums = np.zeros((max_batch_size, session_len + 2), np.uint64)  # [slot, p]: C(0) + .. + C(p - 1)
         self._salts = np.zeros(max_batch_size, np.uint64)
         self._factors = mix(np.arange(session_len + 1, dtype=np.uint64)) | np.uint64(1)
-        self._kv_hashes = np.zeros(num_blocks * self._block_seq_len, np.uint64)
-        self._kv_positions = np.full(num_blocks * self._block_seq_len, -1, np.int32)
+        self._offset_factors = np.resize(self._factors[:size], session_len + 1) if size <= session_len else self._factors
+        self._canaries = np.zeros((num_blocks, size), np.uint64)
+        self._block_sums = np.zeros(num_blocks, np.uint64)
         self._eos = spec.eos_token_ids[0] if spec.eos_token_ids else -1
 
     def step(self, plan: StepPlan) -> StepResult:
@@ -80,6 +80,7 @@ class MockRunner:
             self._admits[slot] = admit
             self._num_ids[slot] = n
             np.cumsum((np.asarray(admit.token_ids, np.uint64) + np.uint64(1)) * self._factors[:n], out=self._hashes[slot, :n])
+            np.cumsum(mix(self._hashes[slot, :n] + self._offset_factors[:n]), out=self._sums[slot, 1 : n + 1])
             self._salts[slot] = mix(np.uint64(0 if admit.params.greedy else admit.params.seed))
         for slot in plan.block_slots:
             self._need(self._admits[slot] is not None, f"slot {slot} gets a block but holds no sequence")
@@ -99,35 +100,37 @@ class MockRunner:
             decodes_ended = decodes_ended or not decode
 
     def _compute(self, batch: Batch, slot_of: np.ndarray) -> None:
-        """Write the canary of every position of this step."""
-        kv_slots = batch.kv_slots
-        self._need(0 <= kv_slots.min() and kv_slots.max() < len(self._kv_hashes), "a block table names a block that does not exist")
+        """Write the canary of every position of this step; a block whose first position is written starts anew."""
+        kv_slots, size = batch.kv_slots, self._block_seq_len
+        self._need(0 <= kv_slots.min() and kv_slots.max() < self._canaries.size, "a block table names a block that does not exist")
         self._need(len(np.unique(kv_slots)) == len(kv_slots), "two rows write the same KV slot")
-        self._kv_hashes[kv_slots] = self._hashes[slot_of, batch.positions]
-        self._kv_positions[kv_slots] = batch.positions
+        blocks, offsets = kv_slots // size, kv_slots % size
+        started = blocks[offsets == 0]
+        self._canaries[started] = 0
+        self._block_sums[started] = 0
+        written = mix(self._hashes[slot_of, batch.positions] + self._factors[offsets])
+        np.add.at(self._block_sums, blocks, written - self._canaries[blocks, offsets])
+        self._canaries[blocks, offsets] = written
 
     def _read_back(self, batch: Batch, slots: np.ndarray) -> None:
         """Compare what the rows' block tables lead to with what the rows' ids say, for all positions before their end."""
-        size, ends = self._block_seq_len, batch.contexts
-        if self._verify_full:
-            positions = np.broadcast_to(np.arange(ends.max()), (len(ends), ends.max()))
-        else:
-            block_ends = np.arange(size - 1, ends.max(), size)
-            positions = np.concatenate((np.broadcast_to(block_ends, (len(ends), len(block_ends))), ends[:, None] - 1), axis=1)
-        kv_slots = np.take_along_axis(batch.tables, positions // size, axis=1)
-        kv_slots = kv_slots.astype(np.int64) * size + positions % size
-        needed = positions < ends[:, None]
-        bad_table = needed & ((kv_slots < 0) | (kv_slots >= len(self._kv_hashes)))
-        self._need(not bad_table.any(), "a block table names a block that does not exist")
-        kv_slots[~needed] = 0
-        expected = self._hashes[slots[:, None], positions]
-        wrong = needed & ((self._kv_hashes[kv_slots] != expected) | (self._kv_positions[kv_slots] != positions))
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            position, kv_slot = int(positions[row, column]), int(kv_slots[row, column])
+        size, ends, tables = self._block_seq_len, batch.contexts[:, None], batch.tables
+        starts = np.arange(tables.shape[1])[None, :] * size
+        needed = starts < ends
+        self._need(not (needed & ((tables < 0) | (tables >= self.num_blocks))).any(), "a block table names a block that does not exist")
+        last, first = np.minimum(starts + size, ends), np.minimum(starts, ends)
+        expected = self._sums[slots[:, None], last] - self._sums[slots[:, None], first]
+        for row, column in np.argwhere(needed & (self._block_sums[np.where(needed, tables, 0)] != expected)):
+            self._read_block(int(slots[row]), int(tables[row, column]), int(first[row, column]), int(last[row, column]))
+
+    def _read_block(self, slot: int, block: int, first: int, last: int) -> None:
+        """Position by position: what lies beyond the row's end may be anything."""
+        held = self._canaries[block, : last - first]
+        wrong = np.flatnonzero(held != np.diff(self._sums[slot, first : last + 1]))
+        if len(wrong):
             raise MockCanaryError(
-                f"slot {slots[row]} reads position {position} from KV slot {kv_slot}, "
-                f"which holds position {self._kv_positions[kv_slot]}, or that position of another prefix."
+                f"slot {slot} reads position {first + wrong[0]} from offset {wrong[0]} of block {block}, "
+                "which was not computed from the ids of this sequence."
             )
 
     def _sample(self, batch: Batch) -> tuple[list[int], list[tuple[int, Logprobs]]]:
@@ -142,10 +145,16 @@ class MockRunner:
                 ids[row] = unmasked(int(ids[row]), int(x[row]), masked(admit, int(last[row]) + 1 - admit.num_prompt))
             if admit is not None and admit.params.logprobs >= 0:
                 logprobs.append((row, mock_logprobs(int(ids[row]), admit.params.logprobs)))
-        self._slots.ids[slots, last + 1] = ids
-        self._hashes[slots, last + 1] = self._hashes[slots, last] + (ids.astype(np.uint64) + np.uint64(1)) * self._factors[last + 1]
-        self._num_ids[slots] += 1
+        self._append(slots, last + 1, ids)
         return ids.tolist(), logprobs
+
+    def _append(self, slots: np.ndarray, positions: np.ndarray, ids: np.ndarray) -> None:
+        """A sampled id is the slot's next one."""
+        self._slots.ids[slots, positions] = ids
+        hashes = self._hashes[slots, positions - 1] + (ids.astype(np.uint64) + np.uint64(1)) * self._factors[positions]
+        self._hashes[slots, positions] = hashes
+        self._sums[slots, positions + 1] = self._sums[slots, positions] + mix(hashes + self._offset_factors[positions])
+        self._num_ids[slots] += 1
 
     @staticmethod
     def _need(condition: bool, what: str) -> None:

@@ -20,9 +20,9 @@ SPEC = ModelSpec(
 PROMPT = tuple(b"What is a block table?")
 
 
-def runner(verify="full", block=4, batch=4):
+def runner(block=4, batch=4):
     config = dataclasses.replace(Config(), engine=Knobs(device="mock", max_batch_size=batch), cache=Cache(cache_block_seq_len=block))
-    return MockRunner(config, SPEC, 256, 64, verify)
+    return MockRunner(config, SPEC, 256, 64)
 
 
 def blocks_for(n, block=4, first=0):
@@ -56,20 +56,19 @@ def drive(mock, params, prompt=PROMPT, part=5, slot=1, known=(), n=20):
     part=st.integers(1, 50),
     seed=st.integers(0, (1 << 64) - 1),
     block=st.sampled_from([1, 2, 4, 16, 64]),
-    verify=st.sampled_from(["full", "fast"]),
     cut=st.integers(0, 19),
     min_tokens=st.sampled_from([0, 7]),
     temperature=st.sampled_from([0.0, 1.0]),
 )
-def test_any_cut_gives_the_naive_answer(prompt, part, seed, block, verify, cut, min_tokens, temperature):
+def test_any_cut_gives_the_naive_answer(prompt, part, seed, block, cut, min_tokens, temperature):
     params = params_of(seed=seed, min_tokens=min_tokens, stop_token_ids=(40, 41), temperature=temperature)
     free_running = dataclasses.replace(params, stop_token_ids=(), min_tokens=0)
     wanted = mock_answer(prompt, free_running)
-    assert drive(runner(verify, block), free_running, prompt, part) == wanted
-    assert drive(runner(verify, block), free_running, prompt, part, known=wanted[:cut]) == wanted  # as after a preemption
+    assert drive(runner(block), free_running, prompt, part) == wanted
+    assert drive(runner(block), free_running, prompt, part, known=wanted[:cut]) == wanted  # as after a preemption
     stopping = mock_answer(prompt, params)
     assert len(stopping) >= max(min_tokens, 1)
-    assert drive(runner(verify, block), params, prompt, part, n=len(stopping)) == stopping
+    assert drive(runner(block), params, prompt, part, n=len(stopping)) == stopping
 
 
 def test_seeds_matter_unless_greedy():
@@ -102,10 +101,9 @@ def admit_plan(step, slot, ids, blocks, start=0, **more):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("verify", ["full", "fast"])
-def test_the_canary_fires_when_a_reused_prefix_is_not_the_same(verify):
+def test_the_canary_fires_when_a_reused_prefix_is_not_the_same():
     for ids, error in ((PROMPT, False), ((7, *PROMPT[1:]), True), ((*PROMPT[:15], 7, *PROMPT[16:]), True)):
-        mock = runner(verify)
+        mock = runner()
         mock.step(admit_plan(0, 0, PROMPT, blocks_for(24)))
         again = admit_plan(1, 1, ids, (0, 1, 2, 3, 20, 21), start=16)
         if error:
@@ -115,9 +113,8 @@ def test_the_canary_fires_when_a_reused_prefix_is_not_the_same(verify):
             assert len(mock.step(again).token_ids) == 1
 
 
-@pytest.mark.parametrize("verify", ["full", "fast"])
-def test_the_canary_fires_when_a_block_is_given_to_two(verify):
-    mock = runner(verify)
+def test_the_canary_fires_when_a_block_is_given_to_two():
+    mock = runner()
     n = len(PROMPT)
     mock.step(admit_plan(0, 0, PROMPT, blocks_for(n + 1)))
     mock.step(admit_plan(1, 1, PROMPT[::-1], (10, 11, 2, 12, 13, 14)))  # block 2 belongs to slot 0

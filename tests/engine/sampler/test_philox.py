@@ -41,3 +41,9 @@ def test_fast_equals_reference(low, high, key):
 @given(st.integers(0, ONES), st.integers(0, ONES))
 def test_high_half_of_a_product(a, b):
     assert int(kernels._mul_high(np.uint64(a), np.uint64(b))) == (a * b) >> 64
+
+
+@pytest.mark.parametrize("point, index", [(0, 1), (4, 1), (5, 3), (7, 3)])
+def test_a_point_lands_where_the_running_weight_exceeds_it(point, index):
+    """At exact boundaries, too: an id without weight is never drawn."""
+    assert kernels._walk(np.array([0, 5, 0, 3]), 0, point) == index

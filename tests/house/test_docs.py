@@ -1,0 +1,106 @@
+"""What the pages say exists: knobs, routes, metrics, words, commands."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+from config.cli import parser
+from config.docs import generated
+from config.load import all_knobs
+from tests.house.tree import ROOT, dotted, files, parsed, program, python_files
+
+PAGES = [name for name in files() if name.endswith(".md") and not name.startswith(("tests/", "bench/"))]
+
+
+@pytest.mark.parametrize("path", [path.relative_to(ROOT).as_posix() for path in generated(ROOT)])
+def test_generated_files_are_up_to_date(path: str) -> None:
+    assert (ROOT / path).read_text(encoding="utf-8") == generated(ROOT)[ROOT / path], "run python -m config.docs"
+
+
+@pytest.mark.parametrize("knob", list(all_knobs()), ids=lambda knob: knob.key)
+def test_every_knob_is_read_by_somebody(knob: object) -> None:
+    """No option is accepted and ignored: outside config/ somebody reads the attribute."""
+    if len(knob.choices) == 1 or knob.key == "server.insecure":  # type: ignore[attr-defined]
+        return  # one value only, reserved for the next ones; read by config/checks.py
+    name = knob.name  # type: ignore[attr-defined]
+    read = any(
+        (isinstance(node, ast.Attribute) and node.attr == name) or (isinstance(node, ast.Constant) and node.value == name)
+        for file in program()
+        if not file.startswith("config/")
+        for node in ast.walk(parsed(file))
+    )
+    assert read, f"{knob.key} is accepted and ignored"  # type: ignore[attr-defined]
+
+
+def strings_given_to(callee: str, *rooms: str, argument: int = 0) -> set[str]:
+    """String constants passed to calls of `callee` (the last name of a dotted chain) in the rooms."""
+    found = set()
+    for file in python_files(*rooms):
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.Call) and re.fullmatch(callee, dotted(node.func).split(".")[-1] or "-") and len(node.args) > argument:
+                value = node.args[argument]
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    found.add(value.value)
+    return found
+
+
+def routes() -> set[str]:
+    return {path for path in strings_given_to("get|post|head|options|add_get|add_post|add_route|route|view", "api") if path.startswith("/")}
+
+
+def test_every_route_is_documented() -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    assert len(routes()) >= 8, "the routes were not found: has api/ changed how it adds them?"
+    assert not [path for path in routes() if f"`{path}`" not in page and f" {path}`" not in page]
+
+
+def test_every_glossary_word_of_the_engine_is_explained() -> None:
+    page = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    homes = (
+        "engine/cache/",
+        "engine/models/spec.py",
+        *(f"engine/{n}.py" for n in ("sequence", "step", "scheduler", "loop", "executor", "batch", "backend", "parallel", "w4", "w8")),
+    )
+    missing = [
+        f"{file}: {node.name}"
+        for file in program()
+        if file.startswith(homes)
+        for node in parsed(file).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and f"`{node.name}`" not in page
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_pages_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    flags = {option for action in parser()._actions for option in action.option_strings}
+    for target in re.findall(r"(?:^|`| {4}|\n)make ([a-z]+)\b", text):
+        assert target in targets, f"{page}: make {target}"
+    for module in re.findall(r"python -m ((?:api|bench|cli|config|engine|text)\.[a-z_.]*[a-z])", text):
+        assert f"{module.replace('.', '/')}.py" in files(), f"{page}: python -m {module}"
+    for line in re.findall(r"server\.py (--[^\n`|]*)", text):
+        for flag in re.findall(r"(?<![\w-])--[a-z-]+", line):
+            assert flag in flags, f"{page}: server.py {flag}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_in_the_pages_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert (folder / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_in_the_pages_exist(page: str) -> None:
+    if page in ("CHANGES.md",):
+        return  # speaks of the past as well
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"`((?:api|bench|cli|config|docs|engine|formats|tests|text)/[\w./-]+\.(?:py|toml|md))`", text):
+        assert target in files(), f"{page}: {target}"

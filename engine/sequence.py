@@ -125,9 +125,10 @@ def _float(name: str, value: object, low: float, high: float) -> None:
 class Sequence:
     """Prompt ids + generated ids, and how far the engine is with them.
 
-    `num_tokens` counts ids that exist, of which the last `num_pending` (0 or 1) are being sampled by a step in
-    flight; `num_computed` counts positions whose K/V is written by the steps issued so far. A step is owed for
-    `num_tokens - num_computed` positions: prefill, prompt part, decode and resumed preemption are this one line.
+    `num_tokens` counts ids that exist, of which the last `num_pending` are being sampled by steps in flight (0 or 1
+    when a step is planned, one more once it is); `num_computed` counts positions whose K/V is written by the steps
+    issued so far. A step is owed for `num_tokens - num_computed` positions: prefill, prompt part, decode and resumed
+    preemption are this one line.
     """
 
     id: int
@@ -149,6 +150,10 @@ class Sequence:
     num_preemptions: int = 0
     first_scheduled_s: float = -1.0
     first_token_s: float = -1.0
+    # the scheduler's own, set by `Scheduler.add` and kept by it
+    limit: int = 0  # num_tokens at which it ends for its length
+    stop_ids: frozenset[int] = frozenset()  # sampled ids that may end it, BAD_LOGITS among them
+    horizon: int = 0  # num_computed at which planning it needs more than one token more: a new block, or its end
 
     @property
     def num_tokens(self) -> int:

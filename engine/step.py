@@ -18,6 +18,7 @@ from __future__ import annotations
 import array
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.sequence import FinishReason, SamplingParams
 
@@ -127,11 +128,11 @@ class StepResult:
         return cls(step, token_ids, tuple(logprobs), elapsed_us)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One sampled id on its way to whoever asked. Exactly one event of a sequence has a finish reason: its last.
 
-    `token_id` is -1 on a last event that brings no id (aborted, bad logits, deadline).
+    `token_id` is -1 on a last event that brings no id (aborted, bad logits, deadline). A tuple because one is made
+    for every sampled id: four times cheaper than a frozen dataclass.
     """
 
     sequence_id: int

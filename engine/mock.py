@@ -88,16 +88,12 @@ class MockRunner:
 
     def _check_rows(self, plan: StepPlan) -> None:
         self._need(len(set(plan.slots)) == len(plan.slots), "a slot has two rows")
-        decodes_ended = False
         for slot, start, count, sampled in zip(plan.slots, plan.starts, plan.counts, plan.samples, strict=True):
             n, end = int(self._num_ids[slot]), start + count
             self._need(self._admits[slot] is not None, f"slot {slot} has a row but holds no sequence")
             self._need(count >= 1 and start >= 0 and end <= n, f"slot {slot} has {n} ids, its row asks for {start}..{end - 1}")
             self._need(sampled == (end == n), f"slot {slot}: a row to {end} of {n} ids has samples = {sampled}")
             self._need(end <= self._slots.num_blocks[slot] * self._block_seq_len, f"slot {slot} has no block for position {end - 1}")
-            decode = count == 1 and sampled
-            self._need(not (decode and decodes_ended), "a decode row comes after a prompt part")
-            decodes_ended = decodes_ended or not decode
 
     def _compute(self, batch: Batch, slot_of: np.ndarray) -> None:
         """Write the canary of every position of this step; a block whose first position is written starts anew."""

@@ -34,12 +34,14 @@ class VocabularyInfo:
     text_prefix: "never", "first" (only at the start of the text) or "segments" (also after each control token):
     where the encoder puts the extra space of sentencepiece.
     strip_first_space: decoding drops that space again.
+    eos_id: the one of `eos_ids` that templates know as `eos_token`.
     """
 
     token_bytes: list[bytes]
     specials: list[Special]
     bos_id: int | None = None
     eos_ids: frozenset[int] = frozenset()
+    eos_id: int | None = None
     unk_id: int | None = None
     add_bos: bool = False
     text_prefix: str = "never"
@@ -58,6 +60,7 @@ class Tokenizer(ABC):
         self.vocab_size = len(info.token_bytes)
         self.bos_id = info.bos_id
         self.eos_ids = info.eos_ids
+        self.eos_id = info.eos_id if info.eos_id is not None else min(info.eos_ids, default=None)
         self.unk_id = info.unk_id
         self.special_ids = frozenset(s.id for s in info.specials)
         self.add_bos = info.add_bos and info.bos_id is not None

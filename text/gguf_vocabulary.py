@@ -26,6 +26,7 @@ class GGUFVocabulary:
     scores: list[float]
     merges: list[str]
     bos_id: int | None
+    eos_id: int | None
     eos_ids: frozenset[int]
     unk_id: int | None
     add_bos: bool | None
@@ -60,6 +61,7 @@ def read_vocabulary(file: GGUFFile) -> GGUFVocabulary:
         scores=scores,
         merges=keys.strings("merges"),
         bos_id=1 if bos is None and is_spm and n > 1 else bos,
+        eos_id=ends[0],
         eos_ids=frozenset(e for e in ends if e is not None),
         unk_id=keys.token_id("unknown_token_id", n),
         add_bos=keys.value("add_bos_token", bool),

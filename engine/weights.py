@@ -23,6 +23,14 @@ from formats.gguf import TYPES
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NUMPY_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<u2"), "BF16": np.dtype("<u2")}  # numpy has no bfloat16: halves as bits
+BITS = {  # signed integer of the same size, all bits but the sign, infinity
+    torch.float32: (torch.int32, np.int32(0x7FFFFFFF), 0x7F800000),
+    torch.float16: (torch.int16, np.int16(0x7FFF), 0x7C00),
+    torch.bfloat16: (torch.int16, np.int16(0x7FFF), 0x7F80),
+}
+CHUNK = 1 << 18  # elements dequantized at a time
+TORCH_GRAIN = 1 << 15  # up to so many elements torch converts without waking its threads, which costs more than it gains
+GROUP_SIZE = 32  # of every GGUF type that becomes W4 or W8
 FULL = slice(None)
 
 
@@ -83,20 +91,30 @@ def _quantized(stored: Stored, rows: slice, columns: slice, dense: bool) -> torc
     raw = stored.file.raw(stored.name).reshape(stored.shape[0], -1)
     raw = _take_rows(raw, rows, stored)[:, first * block.nbytes : last * block.nbytes]
     start, stop = start - first * block.elements, stop - first * block.elements
-    if stored.type in W4_CONVERTERS or stored.type in W8_TYPES:
-        grouped = to_w4(raw, stored.type) if stored.type in W4_CONVERTERS else to_w8(raw, stored.type)
-        return _grouped(grouped, start, stop, dense, stored)
-    values = torch.from_numpy(to_float32(np.ascontiguousarray(raw), stored.type)[:, start:stop])
-    return _finite(values.to(torch.float16, memory_format=torch.contiguous_format), stored)
-
-
-def _grouped(weight: W4 | W8, start: int, stop: int, dense: bool, stored: Stored) -> torch.Tensor | W4 | W8:
+    aligned = start % GROUP_SIZE == 0 and stop % GROUP_SIZE == 0
+    if dense or not aligned or stored.type not in W4_CONVERTERS and stored.type not in W8_TYPES:
+        return _finite(_dequantized(raw, stored.type, slice(start, stop)), stored)
+    weight = to_w4(raw, stored.type) if stored.type in W4_CONVERTERS else to_w8(raw, stored.type)
     _check_scales(weight, stored)
-    whole = (start, stop) == (0, weight.in_features)
-    if dense or start % 32 or stop % 32:
-        values = w4.dequantize(weight) if isinstance(weight, W4) else w8.dequantize(weight)
-        return _finite(torch.from_numpy(values[:, start:stop]).to(torch.float16, memory_format=torch.contiguous_format), stored)
-    return weight if whole else _contiguous(weight.columns(start, stop))
+    return weight if (start, stop) == (0, weight.in_features) else _contiguous(weight.columns(start, stop))
+
+
+def _dequantized(raw: np.ndarray, kind: str, columns: slice) -> torch.Tensor:
+    """float16 [N, columns]; some rows at a time, so that the float32 numbers stay in the processor's caches."""
+    n, width = raw.shape[0], columns.stop - columns.start
+    out = torch.empty((n, width), dtype=torch.float16)
+    step, piece = max(1, CHUNK // width), max(1, TORCH_GRAIN // width)
+    for row in range(0, n, step):
+        values = torch.from_numpy(_float32(np.ascontiguousarray(raw[row : row + step]), kind)[:, columns])
+        for target, source in zip(out[row : row + step].split(piece), values.split(piece), strict=True):
+            target.copy_(source)
+    return out
+
+
+def _float32(raw: np.ndarray, kind: str) -> np.ndarray:
+    if kind in W4_CONVERTERS:
+        return w4.dequantize(to_w4(raw, kind))
+    return w8.dequantize(to_w8(raw, kind)) if kind in W8_TYPES else to_float32(raw, kind)
 
 
 def _contiguous(weight: W4 | W8) -> W4 | W8:
@@ -120,7 +138,9 @@ def _check_scales(weight: W4 | W8, stored: Stored) -> None:
 
 
 def _finite(tensor: torch.Tensor, stored: Stored) -> torch.Tensor:
-    """NaN and infinity survive a sum; a model that holds them answers nonsense."""
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+    """NaN and infinity have all bits of the exponent set; looking at bits is several times as fast as a sum."""
+    integers, magnitude, limit = BITS[tensor.dtype]
+    bits = tensor.view(integers).numpy()
+    if bits.size and int((bits & magnitude).max()) >= limit:
         raise stored.fail("holds a number that is not finite")
     return tensor

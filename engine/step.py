@@ -20,6 +20,7 @@ import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from engine.errors import BadParameter
 from engine.sequence import FinishReason, SamplingParams
 
 MAGIC_PLAN = 0x4E42_0001
@@ -73,11 +74,13 @@ class StepPlan:
     @classmethod
     def decode(cls, data: bytes) -> StepPlan:
         ints = _Reader(data, MAGIC_PLAN)
-        step = ints.one()
+        step = ints.count()
         lists = [ints.many() for _ in range(7)]
-        admits = tuple(_get_admit(ints) for _ in range(ints.one()))
+        admits = tuple([_get_admit(ints) for _ in range(ints.count())])
         ints.finish()
         releases, block_slots, block_ids, slots, starts, counts, samples = lists
+        if len(block_slots) != len(block_ids) or not len(slots) == len(starts) == len(counts) == len(samples):
+            raise ValueError("an encoded plan has lists of different lengths")
         return cls(step, releases, admits, block_slots, block_ids, slots, starts, counts, samples)
 
 
@@ -117,12 +120,14 @@ class StepResult:
     @classmethod
     def decode(cls, data: bytes) -> StepResult:
         ints = _Reader(data, MAGIC_RESULT)
-        step, elapsed_us = ints.one(), ints.one()
+        step, elapsed_us = ints.count(), ints.count()
         token_ids = ints.many()
         logprobs = []
-        for _ in range(ints.one()):
+        for _ in range(ints.count()):
             index, logprob, rank = ints.one(), ints.real(), ints.one()
             top_ids = ints.many()
+            if not 0 <= index < len(token_ids):
+                raise ValueError(f"an encoded result has logprobs for id {index} of {len(token_ids)}")
             logprobs.append((index, Logprobs(logprob, rank, top_ids, tuple(ints.real() for _ in top_ids))))
         ints.finish()
         return cls(step, token_ids, tuple(logprobs), elapsed_us)
@@ -159,13 +164,18 @@ def _get_admit(ints: _Reader) -> Admit:
     temperature, top_p, min_p, repetition, presence, frequency = (ints.real() for _ in range(6))
     (seed,) = struct.unpack("Q", struct.pack("2i", ints.one(), ints.one()))
     stop_ids, eos_ids, bias_ids, bias, blocks, token_ids = (ints.many() for _ in range(6))
+    if len(bias) != 2 * len(bias_ids):
+        raise ValueError(f"an encoded step has {len(bias_ids)} ids with a bias, but {len(bias)} words of addends")
     addends = struct.unpack(f"{len(bias_ids)}d", struct.pack(f"{len(bias)}i", *bias))
-    params = SamplingParams(
-        max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency,
-        logit_bias=tuple(zip(bias_ids, addends, strict=True)), stop_token_ids=stop_ids,
-        ignore_eos=bool(ignore_eos), seed=seed, logprobs=logprobs,
-    )  # fmt: skip
+    try:
+        params = SamplingParams(
+            max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency,
+            logit_bias=tuple(zip(bias_ids, addends, strict=True)), stop_token_ids=stop_ids,
+            ignore_eos=bool(ignore_eos), seed=seed, logprobs=logprobs,
+        )  # fmt: skip
+    except BadParameter as error:
+        raise ValueError(f"an encoded step has bad sampling parameters: {error}") from error
     return Admit(slot, token_ids, num_prompt, blocks, params, eos_ids)
 
 
@@ -186,6 +196,12 @@ class _Reader:
             raise ValueError("an encoded step ends early")
         self.at += 1
         return self.ints[self.at - 1]
+
+    def count(self) -> int:
+        n = self.one()
+        if n < 0:
+            raise ValueError(f"an encoded step holds {n} where a count belongs")
+        return n
 
     def many(self) -> tuple[int, ...]:
         n = self.one()

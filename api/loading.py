@@ -1,0 +1,96 @@
+"""From a configuration to what answers requests: model files, tokenizer, chat template, engine.
+
+Everything here may take seconds and runs in a thread while the listener already answers health checks; the engine
+itself is started on the event loop. Errors are the rooms' own: ModelError, FormatError, ConfigError, DeviceError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from config.schema import Config
+from engine.build import build_engine, resolve_spec
+from engine.errors import ConfigError, ModelError
+from engine.loop import Engine
+from text.chat import ChatTemplate, load_chat_template
+from text.errors import NoChatTemplate
+from text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+log = logging.getLogger("numbatch.load")
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.gguf")
+TEMPLATE_CHARS_PER_TOKEN = 32  # a template's output is bounded by the context, generously
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    engine: Engine  # not started
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+
+def model_name(config: Config) -> str:
+    """The name in /v1/models and in answers."""
+    if config.model.model_name:
+        return config.model.model_name
+    if not config.model.path:
+        return "mock"
+    return Path(config.model.path).name or "model"
+
+
+def with_local_files(config: Config) -> Config:
+    """The configuration with a hub name replaced by the folder it was fetched to; local paths stay as they are."""
+    path = config.model.path
+    if not path or Path(path).exists() or not HUB_NAME.fullmatch(path):
+        return config
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    log.info("fetching %s from the hub", path)
+    try:
+        folder = snapshot_download(
+            path,
+            revision=config.model.revision or None,
+            cache_dir=config.model.download_dir or None,
+            allow_patterns=list(HUB_FILES),
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"{path}: no such file, and the hub does not give it: {type(error).__name__}.") from error
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=folder, revision="", download_dir=""))
+
+
+def load(config: Config) -> Loaded:
+    """Read the model's description and text side, and build the engine (weights come with `engine.start`)."""
+    config = with_local_files(config)
+    spec = resolve_spec(config)
+    engine = build_engine(config, spec)
+    tokenizer = _tokenizer(config)
+    if max((i for i in tokenizer.special_ids), default=0) >= spec.vocab_size:
+        raise ConfigError(
+            f"model.tokenizer has control token {max(tokenizer.special_ids)}, but the model's vocabulary ends at "
+            f"{spec.vocab_size - 1}; they do not belong together."
+        )
+    return Loaded(engine, tokenizer, _template(config, tokenizer, engine.session_len))
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    source = config.model.tokenizer or config.model.path
+    return load_tokenizer(Path(source)) if source else ByteTokenizer()
+
+
+def _template(config: Config, tokenizer: Tokenizer, session_len: int) -> ChatTemplate | None:
+    try:
+        return load_chat_template(
+            config.model.chat_template or None,
+            tokenizer,
+            timeout_s=config.request.template_timeout_s,
+            max_chars=max(1 << 20, TEMPLATE_CHARS_PER_TOKEN * session_len),
+        )
+    except NoChatTemplate as error:
+        log.warning("%s; /v1/chat/completions is refused", error)
+        return None

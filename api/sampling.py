@@ -1,0 +1,218 @@
+"""The one choke point between a request and the engine's `SamplingParams`.
+
+`shared_fields` is the table of what chat and text completions have in common; `read` turns parsed values into a
+`Wanted` that holds only finite, exact, bounded values; `params` makes the engine's parameters of one choice.
+
+Seeds: choice i of a prompt is sampled with `(seed + i * SEED_STRIDE) mod 2**64`, so choice 0 of `n = 4` equals the
+only choice of `n = 1`; without a seed each request draws a random one.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from api.errors import ApiError, bad
+from api.schema import Field, boolean, check_int, check_list, check_number, choice, integer, nested, number, string, table, wrong_type
+from config.schema import Request
+from engine.sequence import MAX_SEED, SamplingParams
+
+SEED_STRIDE = 0x9E37_79B9_7F4A_7C15  # 2**64 / golden ratio, odd: every choice gets another seed
+MAX_PRIORITY = 1000
+MAX_METADATA = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How the answers of one request are made; strings stay in `api/`."""
+
+    n: int
+    max_tokens: int | None  # None: the endpoint's default
+    seed: int
+    stop: tuple[str, ...]
+    include_stop: bool
+    skip_special: bool
+    logprobs: int  # -1: none
+    priority: int
+    cache_salt: str
+    stream: bool
+    include_usage: bool
+    values: dict[str, Any]
+
+    def params(self, max_tokens: int, index: int) -> SamplingParams:
+        """Of choice `index`; raises `BadParameter` where fields contradict each other (min_tokens > max_tokens)."""
+        v = self.values
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=v["min_tokens"],
+            temperature=v["temperature"],
+            top_k=v["top_k"],
+            top_p=v["top_p"],
+            min_p=v["min_p"],
+            repetition_penalty=v["repetition_penalty"],
+            presence_penalty=v["presence_penalty"],
+            frequency_penalty=v["frequency_penalty"],
+            logit_bias=v["logit_bias"],
+            stop_token_ids=v["stop_token_ids"],
+            ignore_eos=v["ignore_eos"],
+            seed=(self.seed + index * SEED_STRIDE) & MAX_SEED,
+            logprobs=self.logprobs,
+        )
+
+
+def shared_fields(limits: Request, model: str, session_len: int, vocab_size: int) -> list[Field]:
+    """What /v1/chat/completions and /v1/completions have in common."""
+    most = session_len - 1
+    return [
+        Field("model", "Name of the served model; may be left out.", {"type": "string", "enum": [model]}, _model(model)),
+        integer("max_tokens", 1, most, "Most ids to generate; prompt and answer together must fit into the context."),
+        integer("min_tokens", 0, most, "End-of-sequence and stop conditions are ignored until this many ids are generated.", 0),
+        number("temperature", 0, 2, "0 is greedy.", 1.0),
+        number("top_p", 0, 1, "Keep the most likely ids whose probabilities sum to this.", 1.0),
+        integer("top_k", 0, (1 << 31) - 1, "Keep this many most likely ids; 0 switches it off.", 0),
+        number("min_p", 0, 1, "Drop ids less likely than this share of the most likely one.", 0.0),
+        number("repetition_penalty", 0.01, 100, "Divides (multiplies, if negative) the logits of ids in prompt and answer.", 1.0),
+        number("presence_penalty", -2, 2, "Subtracted from the logits of ids that are in the answer.", 0.0),
+        number("frequency_penalty", -2, 2, "Subtracted from logits, times the id's occurrences in the answer.", 0.0),
+        _logit_bias(limits.max_logit_bias, vocab_size),
+        _stop(limits),
+        _stop_token_ids(limits.max_stop_token_ids, vocab_size),
+        boolean("ignore_eos", "Go on after an end-of-sequence id."),
+        integer("seed", 0, MAX_SEED, "Same seed, same answer, whatever else runs; choice i uses seed + i * 0x9E3779B97F4A7C15 mod 2^64."),
+        integer("n", 1, limits.max_n, "Answers for each prompt.", 1),
+        boolean("skip_special_tokens", "Leave special tokens out of the text.", True),
+        boolean("include_stop_str_in_output", "Keep the stop string (or stop token) that ended the answer in its text."),
+        integer("priority", -MAX_PRIORITY, MAX_PRIORITY, "Smaller goes first.", 0),
+        string("cache_salt", limits.max_salt_chars, "Requests share cached prefixes only with the same salt (and API key).", ""),
+        boolean("stream", "Answer with server-sent events."),
+        nested("stream_options", table([boolean("include_usage", "One more chunk, with the usage.")]), "Only with stream = true."),
+        string("user", 512, "Accepted; has no effect."),
+        _metadata(),
+        boolean("store", "Accepted; nothing is stored."),
+        choice("service_tier", ("auto", "default"), "Accepted; there is one tier."),
+    ]  # fmt: skip
+
+
+def read(values: dict[str, Any], logprobs: int) -> Wanted:
+    """From the parsed fields of either endpoint."""
+    if values["stream_options"] is not None and not values["stream"]:
+        raise bad("stream_options", "stream_options is only allowed with stream = true.", "invalid_value")
+    seed = values["seed"]
+    return Wanted(
+        n=values["n"],
+        max_tokens=values["max_tokens"],
+        seed=secrets.randbits(64) if seed is None else seed,
+        stop=values["stop"],
+        include_stop=values["include_stop_str_in_output"],
+        skip_special=values["skip_special_tokens"],
+        logprobs=logprobs,
+        priority=values["priority"],
+        cache_salt=values["cache_salt"],
+        stream=values["stream"],
+        include_usage=bool((values["stream_options"] or {}).get("include_usage")),
+        values=values,
+    )
+
+
+def room_for_answer(wanted: Wanted, num_prompt: int, session_len: int, default: int | None, param: str) -> int:
+    """`max_tokens` of this prompt: what was asked for, else the default, else the rest of the context."""
+    room = session_len - num_prompt
+    if room < 1:
+        raise too_long(param, f"{num_prompt} tokens", session_len)
+    if wanted.max_tokens is None:
+        return room if default is None else min(default, room)
+    if wanted.max_tokens > room:
+        message = (
+            f"The prompt has {num_prompt} tokens and max_tokens asks for {wanted.max_tokens} more, "
+            f"but a sequence holds at most {session_len}; shorten one of them."
+        )
+        raise bad("max_tokens", message, "context_length_exceeded")
+    return wanted.max_tokens
+
+
+def too_long(param: str, size: str, session_len: int) -> ApiError:
+    message = f"The prompt has {size}, but prompt and answer together hold at most {session_len} tokens; shorten the prompt."
+    return bad(param, message, "context_length_exceeded")
+
+
+# -- fields with a shape of their own ----------------------------------------------------------------------
+
+
+def _model(served: str) -> Any:
+    def parse(name: str, value: Any) -> str:
+        if type(value) is not str:
+            raise wrong_type(name, "a string", value)
+        if value != served:
+            raise ApiError(404, f"There is no such model; this server has {served!r}.", param=name, code="model_not_found")
+        return value
+
+    return parse
+
+
+def model_field(served: str) -> Field:
+    return Field("model", "Name of the served model; may be left out.", {"type": "string", "enum": [served]}, _model(served))
+
+
+def _stop(limits: Request) -> Field:
+    most, size = limits.max_stop_strings, limits.max_stop_bytes
+
+    def parse(name: str, value: Any) -> tuple[str, ...]:
+        stops = [value] if type(value) is str else check_list(name, value, most)
+        for stop in stops:
+            if type(stop) is not str:
+                raise wrong_type(name, "a string or an array of strings", stop)
+            if not stop:
+                raise bad(name, f"{name} holds an empty string, which would end every answer at once.", "invalid_value")
+            if len(stop) > size or len(stop.encode()) > size:
+                raise bad(name, f"{name} holds a string longer than {size} bytes.", "string_above_max_length")
+        return tuple(dict.fromkeys(stops))
+
+    one = {"type": "string", "minLength": 1, "maxLength": max(1, size // 4)}
+    schema = {"anyOf": [one, {"type": "array", "items": one, "maxItems": most}]}
+    return Field("stop", f"Up to {most} strings, each at most {size} bytes of UTF-8, that end the answer.", schema, parse, ())
+
+
+def _stop_token_ids(most: int, vocab_size: int) -> Field:
+    def parse(name: str, value: Any) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(check_int(name, item, 0, vocab_size - 1) for item in check_list(name, value, most)))
+
+    items = {"type": "integer", "minimum": 0, "maximum": vocab_size - 1}
+    schema = {"type": "array", "items": items, "maxItems": most}
+    return Field("stop_token_ids", "Ids that end the answer, beside the model's own.", schema, parse, ())
+
+
+def _logit_bias(most: int, vocab_size: int) -> Field:
+    def parse(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+        if type(value) is not dict:
+            raise wrong_type(name, "an object", value)
+        if len(value) > most:
+            raise bad(name, f"{name} has {len(value)} entries; at most {most} are allowed.", "object_above_max_properties")
+        biases = {}
+        for key, addend in value.items():
+            if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size):
+                raise bad(name, f"{name} has a key that is not a token id between 0 and {vocab_size - 1}.", "invalid_value")
+            biases[int(key)] = check_number(name, addend, -100, 100)
+        if len(biases) != len(value):
+            raise bad(name, f"{name} names an id twice.", "invalid_value")
+        return tuple(biases.items())
+
+    addends = {"type": "number", "minimum": -100, "maximum": 100}
+    keys = {"pattern": "^(0|[1-9][0-9]{0,9})$"}
+    schema = {"type": "object", "additionalProperties": addends, "propertyNames": keys, "maxProperties": most}
+    return Field("logit_bias", "Token id (as a string) to a number added to its logit.", schema, parse, ())
+
+
+def _metadata() -> Field:
+    def parse(name: str, value: Any) -> dict[str, str]:
+        if type(value) is not dict:
+            raise wrong_type(name, "an object", value)
+        if len(value) > MAX_METADATA:
+            raise bad(name, f"{name} has {len(value)} entries; at most {MAX_METADATA} are allowed.", "object_above_max_properties")
+        for item in value.values():
+            if type(item) is not str:
+                raise wrong_type(name, "an object of strings", item)
+        return value
+
+    schema = {"type": "object", "additionalProperties": {"type": "string"}, "maxProperties": MAX_METADATA}
+    return Field("metadata", "Accepted; has no effect.", schema, parse)

@@ -1,0 +1,201 @@
+"""What all endpoints share: the configuration, the engine once it is there, the text side, the counters.
+
+The listener is open before the model is loaded, so a `Service` begins without an engine (everything but health
+answers 503) and gets a `Served` model later. Nothing here parses a request or writes a response.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from aiohttp import web
+
+from api.access import Access, Caller
+from api.counters import Metrics
+from api.errors import ApiError, from_engine, from_text
+from api.generate import Answer, Choice
+from api.protocol import Gate
+from api.sampling import Wanted, room_for_answer, too_long
+from api.schema import Table
+from config.schema import Config, Request
+from config.version import VERSION
+from engine.errors import BadParameter, EngineDead, EngineDraining, EngineError, EngineNotReady
+from engine.loop import Engine, EngineStatus, Generation
+from text.errors import TextError
+from text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from text.chat import ChatTemplate
+
+T = TypeVar("T")
+
+INLINE_CHARS = 1024  # shorter prompts are tokenized on the event loop: a thread would cost more
+CHARS_PER_TOKEN = 8  # a prompt with more characters than this a token of context is refused unread
+MIN_CHARS_LIMIT = 65536
+TEXT_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The model behind the port."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    template: ChatTemplate | None  # None: the checkpoint has none, and chat is refused
+    name: str
+    created: int  # Unix time
+    fingerprint: str
+
+    @property
+    def session_len(self) -> int:
+        return self.engine.session_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.spec.vocab_size
+
+
+class Service:
+    def __init__(self, config: Config, model_name: str) -> None:
+        self.config = config
+        self.model_name = model_name
+        self.access = Access(config)
+        self.metrics = Metrics()
+        self.gate: Gate | None = None
+        self.engine: Engine | None = None
+        self.reason = "starting"
+        self.draining = False
+        self.live: set[Answer] = set()
+        self.quiet = asyncio.Event()  # set while no request is live
+        self.quiet.set()
+        self._served: Served | None = None
+        self._tables: dict[Callable[[Request, str, int, int], Table], Table] = {}
+        self._threads = ThreadPoolExecutor(TEXT_THREADS, "text")
+
+    def serve(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+        """The engine has started: requests are answered from now on."""
+        digest = hashlib.sha256(repr((VERSION, self.model_name, engine.spec, self.config.model.dtype)).encode()).hexdigest()
+        self.engine = engine
+        self.reason = ""
+        engine.observers.append(self.metrics.step)
+        self._served = Served(engine, tokenizer, template, self.model_name, int(time.time()), f"fp_{digest[:12]}")
+
+    def served(self) -> Served:
+        """The model, or the 503 that says why there is none (yet, or any more)."""
+        if self.draining:
+            raise from_engine(EngineDraining("The server is shutting down; try another replica."))
+        if self._served is None:
+            raise from_engine(EngineNotReady(f"The server is not ready: {self.reason}."))
+        if self._served.engine.status is EngineStatus.DEAD:
+            raise from_engine(EngineDead("The engine stopped."))
+        return self._served
+
+    def tables(self, build: Callable[[Request, str, int, int], Table]) -> Table:
+        """The table of a request body for this model; built once."""
+        if build not in self._tables:
+            served = self.served()
+            self._tables[build] = build(self.config.request, served.name, served.session_len, served.vocab_size)
+        return self._tables[build]
+
+    @property
+    def described(self) -> Served | None:
+        """The model whether or not it can be called now; None before it is loaded."""
+        return self._served
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """CPU-heavy text work, off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def encode(self, text: str, param: str, *, add_special: bool = True) -> list[int]:
+        """Ids of user text (never control tokens); refused unread when it cannot fit."""
+        served = self.served()
+        self.check_chars(len(text), served, param)
+        encode = partial(served.tokenizer.encode, text, add_special=add_special, parse_special=False)
+        try:
+            return encode() if len(text) <= INLINE_CHARS else await self.in_thread(encode)
+        except TextError as error:
+            raise from_text(error, param) from None
+
+    def check_chars(self, num_chars: int, served: Served, param: str) -> None:
+        if num_chars > max(CHARS_PER_TOKEN * served.session_len, MIN_CHARS_LIMIT):
+            raise too_long(param, f"{num_chars} characters", served.session_len)
+
+    def submit(
+        self, prompts: list[list[int]], wanted: Wanted, caller: Caller, *, default_tokens: int | None, param: str, started_s: float
+    ) -> Answer:
+        """All choices of all prompts, or none. Choice i of prompt p has index p * n + i."""
+        served = self.served()
+        wanted = _with_ends(wanted, served, chat=param == "messages")
+        salt = self.access.salt(caller, wanted.cache_salt)
+        choices: list[Choice] = []
+        try:
+            for prompt in prompts:
+                max_tokens = room_for_answer(wanted, len(prompt), served.session_len, default_tokens, param)
+                for i in range(wanted.n):
+                    params = wanted.params(max_tokens, i)
+                    generation = served.engine.submit(prompt, params, priority=wanted.priority, salt=salt, key=caller.key)
+                    choices.append(Choice(len(choices), generation, served.tokenizer, wanted))
+        except (EngineError, ApiError) as error:
+            for choice in choices:
+                choice.generation.abort()
+            raise self._refusal(error, param) from error
+        answer = Answer(choices, wanted.n, self.metrics, started_s)
+        self.live.add(answer)
+        self.quiet.clear()
+        self.metrics.live_requests += 1
+        return answer
+
+    def finished(self, answer: Answer) -> str:
+        """Count a request that has ended, in whatever way; returns its part of the log line."""
+        answer.close()
+        if answer in self.live:
+            self.live.discard(answer)
+            if not self.live:
+                self.quiet.set()
+            self.metrics.live_requests -= 1
+            self.metrics.request_done(answer, answer.choices[0].generation.sequence.params.max_tokens, time.monotonic())
+        usage = answer.usage
+        return (
+            f" prompt={usage.prompt_tokens} cached={usage.cached_tokens} output={usage.completion_tokens}"
+            f" choices={len(answer.choices)} finish={answer.outcome}"
+        )
+
+    def generations(self) -> list[Generation]:
+        """What still runs, for a drain that ran out of time."""
+        return [choice.generation for answer in self.live for choice in answer.choices if not choice.done]
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _refusal(self, error: EngineError | ApiError, param: str) -> ApiError:
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, BadParameter) and error.param == "prompt":
+            error.param = param
+        refusal = from_engine(error)
+        if refusal.code in self.metrics.refused:
+            self.metrics.refused[refusal.code] += 1
+        return refusal
+
+
+def _with_ends(wanted: Wanted, served: Served, chat: bool) -> Wanted:
+    """With what ends an answer beside the request's own stops: the tokenizer's and the chat template's."""
+    template = served.template if chat else None
+    stop = wanted.stop + (template.stop_strings if template else ())
+    ids = wanted.values["stop_token_ids"]
+    if not wanted.values["ignore_eos"]:
+        known = {*ids, *served.engine.spec.eos_token_ids}
+        ends = served.tokenizer.eos_ids | (template.stop_ids if template else frozenset())
+        ids += tuple(i for i in sorted(ends - known) if i < served.vocab_size)
+    return dataclasses.replace(wanted, stop=stop, values={**wanted.values, "stop_token_ids": ids})
+
+
+SERVICE: web.AppKey[Service] = web.AppKey("service", Service)

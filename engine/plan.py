@@ -1,0 +1,224 @@
+"""The memory plan: what will be resident, computed from headers and configuration before anything is allocated.
+
+No torch, no GPU, no tensor data is read. `memory_parts` counts a rank's weights in the layout of the CPU kernels,
+`plan_memory` adds what a step works on and divides the rest into KV blocks, as the runner will after loading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from config.schema import Config
+from engine.build import session_len
+from engine.cache.layout import ELEMENT_BYTES, KVLayout
+from engine.errors import ConfigError
+from engine.load_backend import computing_dtype, resolve_device
+from engine.models.spec import ModelSpec
+from engine.weight_files import Stored, take_stock
+
+# Bytes an element of a weight takes once packed for the CPU kernels (the table in engine/cpu/matmul.py): nibbles with
+# 16-bit scale and bias, or 32-bit ones where 16 bits would round them; int8 with a 32-bit scale. The rest is dense.
+PACKED_BYTES = {"Q4_0": 320 / 512, "Q4_1": 320 / 512, "Q4_K": 384 / 512, "Q8_0": 576 / 512}
+FORM = {"Q4_0": "w4", "Q4_1": "w4", "Q4_K": "w4", "Q8_0": "w8"}  # weights of one form stay as they are when stacked
+STACKED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+PART = {"embed": "embedding", "lm_head": "output head", "qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp"}
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The largest rank's part of the dimensions that are cut, as engine/models/layers.py cuts them."""
+
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int
+
+
+def largest_share(spec: ModelSpec, tp: int) -> Share:
+    """ConfigError where the model cannot be cut into `tp` parts."""
+    vocab = -(-spec.vocab_size // tp)
+    unit = next(u for u in (128, 64, 32, 1) if spec.intermediate_size % u == 0 and spec.intermediate_size // u >= tp or u == 1)
+    intermediate = -(-(spec.intermediate_size // unit) // tp) * unit
+    if spec.num_kv_heads >= tp:
+        kv_heads = -(-spec.num_kv_heads // tp)
+        return Share(kv_heads * (spec.num_heads // spec.num_kv_heads), kv_heads, intermediate, vocab)
+    if tp % spec.num_kv_heads or spec.num_heads % tp:
+        raise ConfigError(f"engine.tp = {tp} does not fit {spec.num_heads} heads over {spec.num_kv_heads} KV heads; use fewer ranks.")
+    return Share(spec.num_heads // tp, 1, intermediate, vocab)
+
+
+def memory_parts(path: Path | str, spec: ModelSpec, *, dtype: str, tp: int = 1) -> dict[str, int]:
+    """Resident bytes of the weights on the largest rank: embedding, attention, mlp, norms and biases, output head.
+
+    `dtype` is the computing one: float32 is the exact mode, in which every weight is dense.
+    """
+    stock = take_stock(path, spec)
+    share = largest_share(spec, tp)
+    cut = _cuts(spec, share)
+    forms = _forms(stock)
+    parts = dict.fromkeys(("embedding", "attention", "mlp", "norms and biases", "output head"), 0.0)
+    for canonical, stored in stock.items():
+        *place, name, suffix = canonical.split(".")
+        if len(stored.shape) == 1:
+            parts["norms and biases"] += 4 * stored.shape[0]
+            continue
+        elements = stored.shape[0] * stored.shape[1] * cut.get(name, 1.0)
+        group = STACKED.get(name, name)
+        mixed = len(forms[".".join([*place, group])]) > 1
+        parts[PART[group]] += elements * _element_bytes(stored, dtype, mixed)
+    if spec.tie_word_embeddings and tp > 1:  # the table is whole on every rank, the head is a share of it
+        parts["output head"] = parts["embedding"] * share.vocab / spec.vocab_size
+    return {name: round(value) for name, value in parts.items()}
+
+
+def _cuts(spec: ModelSpec, share: Share) -> dict[str, float]:
+    """Part of each matrix that the rank holds."""
+    heads, kv = share.heads / spec.num_heads, share.kv_heads / spec.num_kv_heads
+    inner = share.intermediate / spec.intermediate_size
+    return {"q": heads, "o": heads, "k": kv, "v": kv, "gate": inner, "up": inner, "down": inner, "lm_head": share.vocab / spec.vocab_size}
+
+
+def _forms(stock: dict[str, Stored]) -> dict[str, set[str]]:
+    """Layer and stacked name -> the forms of the weights in it: more than one, and the stack becomes dense."""
+    out: dict[str, set[str]] = {}
+    for canonical, stored in stock.items():
+        *place, name, suffix = canonical.split(".")
+        if suffix == "weight":
+            out.setdefault(".".join([*place, STACKED.get(name, name)]), set()).add(FORM.get(stored.type, "dense"))
+    return out
+
+
+def _element_bytes(stored: Stored, dtype: str, mixed: bool) -> float:
+    if dtype == "float32":
+        return 4
+    return 2 if mixed else PACKED_BYTES.get(stored.type, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes on one rank, and what fits into the rest."""
+
+    dtype: str
+    ranks: int
+    free_bytes: int  # for one rank, before anything is loaded
+    weights: dict[str, int]
+    workspace: dict[str, int]
+    block_bytes: int
+    block_seq_len: int
+    num_blocks: int
+    session_len: int
+    shortfall: str = field(default="")  # what is missing and which key to change; "" when the model fits
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.weights.values())
+
+    @property
+    def workspace_bytes(self) -> int:
+        return sum(self.workspace.values())
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def tokens(self) -> int:
+        """Positions whose K/V fits at a time."""
+        return self.num_blocks * self.block_seq_len
+
+    @property
+    def sessions(self) -> int:
+        """Sequences of full session_len that fit at a time."""
+        return self.num_blocks // -(-self.session_len // self.block_seq_len)
+
+    def table(self) -> str:
+        """For people: one line a part, MiB."""
+        lines = [("", f"{'MiB':>12}")]
+        lines += [(f"weights: {name}", _mib(size)) for name, size in self.weights.items() if size]
+        lines += [(f"workspace: {name}", _mib(size)) for name, size in self.workspace.items()]
+        lines += [(f"KV cache: {self.num_blocks} blocks of {self.block_bytes / MIB:.3f} MiB", _mib(self.kv_bytes))]
+        lines += [("together", _mib(self.weight_bytes + self.workspace_bytes + self.kv_bytes)), ("free now", _mib(self.free_bytes))]
+        text = [f"{name:<44}{size}" for name, size in lines]
+        rank = f", each of {self.ranks} ranks" if self.ranks > 1 else ""
+        text[0] = f"{'memory, ' + self.dtype + rank:<44}{lines[0][1]}"
+        text.append(f"room for {self.tokens} tokens: {self.sessions} sequences of session_len {self.session_len}, or shorter ones")
+        return "\n".join([*text, *([self.shortfall] if self.shortfall else [])])
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:12.1f}"
+
+
+def plan_memory(config: Config, spec: ModelSpec, path: Path | str, free_bytes: int) -> MemoryPlan:
+    """`free_bytes`: memory of the machine that can be had now. A shortfall is reported in the plan, not raised."""
+    device = resolve_device(config)
+    if device == "mock":
+        raise ConfigError("engine.device = 'mock' loads no model; there is no memory to plan.")
+    dtype, tp, length = computing_dtype(config, device), config.engine.tp, session_len(config, spec)
+    share = largest_share(spec, tp)
+    layout = KVLayout(spec.num_layers, share.kv_heads, spec.head_dim, config.cache.cache_block_seq_len, dtype)
+    plan = MemoryPlan(
+        dtype=dtype,
+        ranks=tp,
+        free_bytes=free_bytes // tp,  # the ranks share the machine's memory
+        weights=memory_parts(path, spec, dtype=dtype, tp=tp),
+        workspace=workspace_parts(config, spec, share, dtype, length),
+        block_bytes=layout.block_bytes,
+        block_seq_len=layout.block_seq_len,
+        num_blocks=0,
+        session_len=length,
+    )
+    left = plan.free_bytes - plan.weight_bytes - plan.workspace_bytes
+    plan = dataclasses.replace(plan, num_blocks=kv_blocks(config, layout, length, left))
+    return dataclasses.replace(plan, shortfall=_shortfall(config, plan, left))
+
+
+def workspace_parts(config: Config, spec: ModelSpec, share: Share, dtype: str, length: int) -> dict[str, int]:
+    """Upper bounds of what a step works on."""
+    knobs, size = config.engine, ELEMENT_BYTES[dtype]
+    tokens = max(knobs.max_prefill_token_num, knobs.max_batch_size)
+    heads = share.heads + 2 * share.kv_heads
+    width = 3 * spec.hidden_size + (heads + share.heads) * spec.head_dim + 3 * share.intermediate
+    rotary = spec.rope.rotary_dim or spec.head_dim
+    return {
+        "activations": tokens * width * size,
+        "logits": min(knobs.max_batch_size, tokens) * spec.vocab_size * 4 * (2 if knobs.tp > 1 else 1),
+        "rope tables": (length + 1) * rotary * 4,
+        "batch tables": knobs.max_batch_size * (length + 1) * 4,
+    }
+
+
+def kv_blocks(config: Config, layout: KVLayout, length: int, free: int) -> int:
+    """Blocks of the pool when `free` bytes are left beside weights and workspace: cache.num_blocks, or what the share
+    cache_max_entry_count of them holds, up to cache_max_bytes and four times what all batch slots can fill."""
+    cache = config.cache
+    if cache.num_blocks:
+        return cache.num_blocks
+    budget = int(max(0, free) * cache.cache_max_entry_count)
+    if cache.cache_max_bytes:
+        budget = min(budget, cache.cache_max_bytes)
+    useful = 4 * config.engine.max_batch_size * -(-(length + 1) // layout.block_seq_len)
+    return min(budget // layout.block_bytes, useful)
+
+
+def _shortfall(config: Config, plan: MemoryPlan, left: int) -> str:
+    """One sentence: the numbers, and the key that mends it."""
+    if left <= 0:
+        need = (plan.weight_bytes + plan.workspace_bytes - plan.free_bytes) / MIB
+        mend = "set model.dtype = 'bfloat16'" if plan.dtype == "float32" else "take a smaller model or one of fewer bits"
+        return f"Too little memory: weights and workspace need {need:.1f} MiB more than is free; {mend} or free memory."
+    if plan.kv_bytes > left:
+        fits = left // plan.block_bytes
+        return f"Too little memory: cache.num_blocks = {plan.num_blocks} needs {plan.kv_bytes / MIB:.1f} MiB, {left / MIB:.1f} MiB are left; set it to at most {fits} or 0."  # noqa: E501
+    if plan.num_blocks == 0:
+        key = "cache.cache_max_bytes" if 0 < config.cache.cache_max_bytes < plan.block_bytes else "cache.cache_max_entry_count"
+        return f"The KV pool has room for 0 blocks: one block is {plan.block_bytes / MIB:.3f} MiB; raise {key}."
+    if plan.sessions == 0:
+        return (
+            f"One sequence of {plan.session_len} tokens does not fit into {plan.tokens} tokens of KV cache: set engine.session_len "
+            f"to at most {plan.tokens}, or give the cache more memory (cache.cache_max_entry_count, cache.cache_max_bytes)."
+        )
+    return ""

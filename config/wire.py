@@ -19,7 +19,8 @@ def config_from_json(text: str) -> Config:
     made: dict[str, Any] = {}
     for field in dataclasses.fields(Config):
         values = sections.pop(field.name)
-        made[field.name] = type(field.default)(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        section = type(getattr(Config(), field.name))
+        made[field.name] = section(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     if sections:
         raise TypeError(f"unknown config sections: {sorted(sections)}")
     return Config(**made)

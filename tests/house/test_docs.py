@@ -6,18 +6,20 @@ import ast
 import re
 
 import pytest
+from aiohttp import web
 
+from api.app import add_routes
+from cli.docs import generated
 from config.cli import parser
-from config.docs import generated
 from config.load import all_knobs
-from tests.house.tree import ROOT, dotted, files, parsed, program, python_files
+from tests.house.tree import ROOT, files, parsed, program
 
 PAGES = [name for name in files() if name.endswith(".md") and not name.startswith(("tests/", "bench/"))]
 
 
 @pytest.mark.parametrize("path", [path.relative_to(ROOT).as_posix() for path in generated(ROOT)])
 def test_generated_files_are_up_to_date(path: str) -> None:
-    assert (ROOT / path).read_text(encoding="utf-8") == generated(ROOT)[ROOT / path], "run python -m config.docs"
+    assert (ROOT / path).read_text(encoding="utf-8") == generated(ROOT)[ROOT / path], "run python -m cli.docs"
 
 
 @pytest.mark.parametrize("knob", list(all_knobs()), ids=lambda knob: knob.key)
@@ -35,26 +37,33 @@ def test_every_knob_is_read_by_somebody(knob: object) -> None:
     assert read, f"{knob.key} is accepted and ignored"  # type: ignore[attr-defined]
 
 
-def strings_given_to(callee: str, *rooms: str, argument: int = 0) -> set[str]:
-    """String constants passed to calls of `callee` (the last name of a dotted chain) in the rooms."""
-    found = set()
-    for file in python_files(*rooms):
-        for node in ast.walk(parsed(file)):
-            if isinstance(node, ast.Call) and re.fullmatch(callee, dotted(node.func).split(".")[-1] or "-") and len(node.args) > argument:
-                value = node.args[argument]
-                if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    found.add(value.value)
-    return found
-
-
 def routes() -> set[str]:
-    return {path for path in strings_given_to("get|post|head|options|add_get|add_post|add_route|route|view", "api") if path.startswith("/")}
+    """`METHOD /path` of everything the server answers."""
+    router = web.UrlDispatcher()
+    add_routes(router)
+    found = {f"{route.method} {route.resource.canonical}" for route in router.routes() if route.resource is not None}
+    return {name for name in found if not name.startswith(("HEAD ", "* "))}
 
 
 def test_every_route_is_documented() -> None:
-    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
-    assert len(routes()) >= 8, "the routes were not found: has api/ changed how it adds them?"
-    assert not [path for path in routes() if f"`{path}`" not in page and f" {path}`" not in page]
+    rows = set(re.findall(r"^\| `([A-Z]+ /[^`]*)` \|", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert rows == routes()
+
+
+def test_every_metric_is_documented() -> None:
+    metrics = generated(ROOT)[ROOT / "docs/operating.md"]
+    assert "`vllm:time_to_first_token_seconds`" in metrics
+    assert "`lmdeploy:num_requests_running`" in metrics
+
+
+def test_every_exit_code_is_documented() -> None:
+    page = (ROOT / "docs/operating.md").read_text(encoding="utf-8")
+    codes = {
+        node.value.value if isinstance(node.value, ast.Constant) else 0
+        for node in parsed("server.py").body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.startswith("EXIT_")
+    }
+    assert not [code for code in codes if f"| {code} |" not in page]
 
 
 def test_every_glossary_word_of_the_engine_is_explained() -> None:

@@ -15,6 +15,7 @@ CALLS = {
     "numpy.load", "np.load", "subprocess.getoutput", "subprocess.getstatusoutput", "tempfile.mktemp",
 }  # fmt: skip
 KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}
+DATES = {"text/template_worker.py"}  # strftime_now, which chat templates may call
 TASKS = {"create_task", "ensure_future", "run_coroutine_threadsafe"}
 
 
@@ -67,7 +68,7 @@ def test_clocks_are_monotonic(name: str) -> None:
     walls = ("time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.datetime.now")
     assert not [
         f"{name}:{node.lineno}" for node in ast.walk(parsed(name))
-        if isinstance(node, ast.Call) and dotted(node.func) in walls and id(node) not in stamps
+        if isinstance(node, ast.Call) and dotted(node.func) in walls and id(node) not in stamps and name not in DATES
     ]  # fmt: skip
 
 

@@ -1,0 +1,117 @@
+"""`python -m cli.docs`: writes everything in `docs/` that is generated; `--check` only compares.
+
+`docs/config.md` and `config/example.toml` are written whole (config/docs.py). In `docs/api.md` and
+`docs/operating.md` the parts between `<!-- generated: NAME -->` and `<!-- end -->` are: fields of request bodies from
+the tables that parse them, metrics from the families that `/metrics` gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from api.chat import chat_fields
+from api.completions import completion_fields
+from api.counters import Metrics
+from api.metrics import Families
+from api.schema import Table
+from api.service import Service
+from api.tokenize import detokenize_fields, tokenize_fields
+from config.docs import generated as generated_by_config
+from config.schema import Config, Request
+
+# Stand-ins that are recognised in the output: bounds that depend on the model are shown by name.
+SESSION_LEN, VOCAB_SIZE, MODEL = 1_000_003, 2_000_003, "MODEL"
+NAMES = {
+    str(SESSION_LEN): "session_len",
+    str(SESSION_LEN - 1): "session_len - 1",
+    str(VOCAB_SIZE - 1): "vocabulary - 1",
+    str((1 << 64) - 1): "2^64 - 1",
+    str((1 << 31) - 1): "2^31 - 1",
+}
+
+
+def _fields(build: Callable[[Request, str, int, int], Table]) -> str:
+    fields = build(Config().request, MODEL, SESSION_LEN, VOCAB_SIZE)
+    rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in fields.items():
+        default = "required" if field.required else _default(field.default)
+        rows.append(f"| `{name}` | {_type(field.schema)} | {default} | {field.doc} |")
+    text = "\n".join(rows)
+    for stand_in, meaning in NAMES.items():
+        text = re.sub(rf"\b{stand_in}\b", meaning, text)
+    return text
+
+
+def _default(value: Any) -> str:
+    if value is None or value == () or value == "":
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_type(way) for way in schema["anyOf"]))
+    if "enum" in schema:
+        return "one of " + ", ".join(f"`{value}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    kind = schema.get("type", "any")
+    text = " or ".join(kind) if isinstance(kind, list) else str(kind)
+    if text == "array" and "items" in schema:
+        text = f"array of {_type(schema['items'])}"
+    low, high = schema.get("minimum"), schema.get("maximum")
+    return text if low is None or high is None else f"{text}, {low:g} to {high if isinstance(high, int) else f'{high:g}'}"
+
+
+def _metrics() -> str:
+    idle = SimpleNamespace(engine=None, metrics=Metrics(), model_name=MODEL, gate=None)
+    rows = ["| metric | type | meaning |", "|---|---|---|"]
+    for family in Families(cast(Service, idle)).collect():
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        rows.append(f"| `{name}` | {family.type} | {family.documentation} |")
+    return "\n".join(rows)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "chat fields": lambda: _fields(chat_fields),
+    "completion fields": lambda: _fields(completion_fields),
+    "tokenize fields": lambda: _fields(tokenize_fields),
+    "detokenize fields": lambda: _fields(detokenize_fields),
+    "metrics": _metrics,
+}
+PAGES = ("docs/api.md", "docs/operating.md")
+
+
+def generated(root: Path) -> dict[Path, str]:
+    """File -> the text it must have."""
+    out = generated_by_config(root)
+    for page in PAGES:
+        text = (root / page).read_text(encoding="utf-8")
+        for name, write in PARTS.items():
+            block = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+            text = block.sub(lambda found, write=write: found[1] + write() + "\n" + found[2], text)
+        out[root / page] = text
+    return out
+
+
+def main() -> int:
+    cli = argparse.ArgumentParser(prog="python -m cli.docs", description="Write the generated parts of the documentation.")
+    cli.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is not up to date")
+    args = cli.parse_args()
+    stale = [path for path, text in generated(Path()).items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if args.check:
+            print(f"{path} is not up to date: run python -m cli.docs", file=sys.stderr)
+        else:
+            path.write_text(generated(Path())[path], encoding="utf-8")
+    return 1 if stale and args.check else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

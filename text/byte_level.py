@@ -244,7 +244,9 @@ def piece_bytes(piece: str) -> bytes:
 # --- GGUF and tiktoken: build the library's tokenizer ---------------------------------------------------------------
 
 
-def _build(vocab: dict[str, int], merges: Iterable[tuple[str, str]], pre: PreTokenizer, added: list[tokenizers.AddedToken]) -> tokenizers.Tokenizer:
+def _build(
+    vocab: dict[str, int], merges: Iterable[tuple[str, str]], pre: PreTokenizer, added: list[tokenizers.AddedToken]
+) -> tokenizers.Tokenizer:
     model = models.BPE(vocab=vocab, merges=list(merges), ignore_merges=pre.ignore_merges, fuse_unk=False, byte_fallback=False)
     library = tokenizers.Tokenizer(model)
     splits: list[Any] = [pre_tokenizers.Split(tokenizers.Regex(r), behavior="isolated") for r in pre.patterns]
@@ -315,7 +317,9 @@ def load_tiktoken(path: Path, hub: HubSettings) -> Tokenizer:
         library = _build(vocab, _rank_merges(ranks, spelled), TABLE["qwen"], added)
     token_bytes = sorted(ranks, key=ranks.__getitem__) + [s.content.encode() for s in specials]
     eos = hub.eos_ids(vocab, len(token_bytes)) or frozenset({len(ranks)})
-    return LibraryTokenizer(VocabularyInfo(token_bytes, specials, eos_ids=eos, chat_templates=hub.chat_templates), library, None, byte_level=True)
+    return LibraryTokenizer(
+        VocabularyInfo(token_bytes, specials, eos_ids=eos, chat_templates=hub.chat_templates), library, None, byte_level=True
+    )
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

@@ -124,7 +124,9 @@ class ChatTemplate:
         if tools:
             raise TemplateRefused("tools: this model's chat template (LMDeploy JSON) has no place for tools")
         if kwargs:
-            raise TemplateArgument(f"chat_template_kwargs.{next(iter(kwargs))[:60]}: this model's chat template (LMDeploy JSON) takes no variables")
+            raise TemplateArgument(
+                f"chat_template_kwargs.{next(iter(kwargs))[:60]}: this model's chat template (LMDeploy JSON) takes no variables"
+            )
         assert self._lmdeploy is not None
         return self._lmdeploy.render(messages, add_generation_prompt)
 

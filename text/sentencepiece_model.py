@@ -184,5 +184,3 @@ def _field(number: int, data: bytes) -> bytes:
         length >>= 7
     out.append(length)
     return bytes(out) + data
-
-

@@ -56,7 +56,7 @@ def raise_exception(message: object) -> NoReturn:
     raise Refused(str(message))
 
 
-def strftime_now(format: str) -> str:  # noqa: A002 - the name that templates may use
+def strftime_now(format: str) -> str:
     return datetime.datetime.now().strftime(format)
 
 

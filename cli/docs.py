@@ -94,8 +94,10 @@ def generated(root: Path) -> dict[Path, str]:
     for page in PAGES:
         text = (root / page).read_text(encoding="utf-8")
         for name, write in PARTS.items():
-            block = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-            text = block.sub(lambda found, write=write: found[1] + write() + "\n" + found[2], text)
+            opening, end = f"<!-- generated: {name} -->\n", "<!-- end -->"
+            before, found, rest = text.partition(opening)
+            if found:
+                text = before + opening + write() + "\n" + end + rest.partition(end)[2]
         out[root / page] = text
     return out
 

@@ -92,7 +92,10 @@ class Tokenizer(ABC):
         if not text:
             return []
         prefix = self._text_prefix == "segments" or (first and self._text_prefix == "first")
-        ids = self._encode_ordinary(text, prefix)
+        try:
+            ids = self._encode_ordinary(text, prefix)
+        except (UnicodeEncodeError, TypeError) as e:  # which of them depends on the library
+            raise Unencodable("the text holds a lone surrogate, which is no character") from e
         return ids if self._never.isdisjoint(ids) else self._encode_cut(text, prefix)
 
     def _encode_cut(self, text: str, prefix: bool) -> list[int]:

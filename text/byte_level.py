@@ -195,9 +195,8 @@ def _with_declared(file: str, spec: dict[str, Any], hub: HubSettings) -> dict[st
     holds under another name is renamed: that is how InternLM2 fills its placeholders."""
     added = list(spec.get("added_tokens") or [])
     known = {t.get("id") for t in added if isinstance(t, dict)}
-    model = spec.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    vocab = dict(vocab) if isinstance(vocab, dict) else {}
+    model: dict[str, Any] = spec["model"] if isinstance(spec.get("model"), dict) else {}
+    vocab = dict(model["vocab"]) if isinstance(model.get("vocab"), dict) else {}
     names = {token_id: token for token, token_id in vocab.items()}
     for token_id, token in sorted(hub.added_tokens.items()):
         if token_id in known:

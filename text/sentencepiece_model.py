@@ -18,6 +18,7 @@ from formats.gguf import GGUFFile
 from text.base import Special, Tokenizer, VocabularyInfo
 from text.byte_level import library_errors, piece_bytes
 from text.gguf_vocabulary import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, GGUFVocabulary
+from text.errors import Unencodable
 from text.hub_files import DeclaredToken, HubSettings
 
 MAX_MODEL_BYTES = 64 << 20
@@ -38,7 +39,7 @@ class SentencepieceTokenizer(Tokenizer):
 
     def _encode_ordinary(self, text: str, prefix: bool) -> list[int]:
         if not self._added:
-            return list((self._prefixed if prefix else self._plain).encode(text))
+            return self._encode_piece(text, prefix)
         ids: list[int] = []
         start = 0
         for match in self._added_pattern.finditer(text):
@@ -48,7 +49,12 @@ class SentencepieceTokenizer(Tokenizer):
         return ids + self._encode_piece(text[start:], prefix and not ids)
 
     def _encode_piece(self, text: str, prefix: bool) -> list[int]:
-        return list((self._prefixed if prefix else self._plain).encode(text)) if text else []
+        if not text:
+            return []
+        ids = list((self._prefixed if prefix else self._plain).encode(text))
+        if self.unk_id is None and max(ids, default=0) >= self.vocab_size:
+            raise Unencodable("the vocabulary has no token for a character of the text, and none for unknown characters")
+        return ids
 
 
 def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
@@ -79,7 +85,7 @@ def load_sentencepiece(path: Path, hub: HubSettings) -> Tokenizer:
         specials=specials,
         bos_id=bos,
         eos_id=vocab.get(hub.eos_token) if hub.eos_token else None,
-        eos_ids=hub.eos_ids(vocab, len(token_bytes)) or frozenset({eos} - {None}),
+        eos_ids=hub.eos_ids(vocab, len(token_bytes)) or frozenset([] if eos is None else [eos]),
         unk_id=unk,
         add_bos=hub.add_bos is not False,
         text_prefix=("first" if hub.legacy is False else "segments") if prefixed else "never",
@@ -167,7 +173,7 @@ def _serialize(vocabulary: GGUFVocabulary, prefixed: bool) -> bytes:
         seen.add(token)
         piece = _field(1, token.encode("utf-8")) + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
         out += _field(1, piece)
-    if UNKNOWN not in vocabulary.types:  # the library wants one; it lies beyond the ids of this vocabulary and is never yielded
+    if UNKNOWN not in vocabulary.types:  # the library wants one; it lies beyond the ids of this vocabulary
         out += _field(1, _field(1, "\U0010fffdunknown".encode()) + b"\x18" + bytes([UNKNOWN]))
     byte_fallback = vocabulary.types.count(BYTE) == 256
     trainer = b"\x18\x02" + (b"\x98\x02\x01" if byte_fallback else b"")  # model_type (3) BPE, byte_fallback (35)

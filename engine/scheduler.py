@@ -159,10 +159,10 @@ class Scheduler:
         if not seq.token_ids:
             raise BadParameter("prompt", "The prompt is empty; give at least 1 token.")
         if seq.num_prompt >= self.session_len:
-            message = (
-                f"The prompt has {seq.num_prompt} tokens, but a sequence holds at most {self.session_len} with its answer; shorten it."
+            raise ContextLengthExceeded(
+                "prompt",
+                f"The prompt has {seq.num_prompt} tokens, but with its answer a sequence holds at most {self.session_len}; shorten it.",
             )
-            raise ContextLengthExceeded("prompt", message)
         limit = min(seq.num_prompt + seq.params.max_tokens, self.session_len)
         blocks = self.manager.blocks_for(limit - 1)  # the last id is never computed
         if blocks > self.manager.num_blocks:
@@ -323,17 +323,13 @@ class Scheduler:
         short = self._needs(head, match.num_taken) + self._spare(head) - self.manager.num_available - self.manager.num_returning
         victims: list[Sequence] = []
         for seq in sorted(self._running.values(), key=_rank, reverse=True):
-            if short <= 0 and (self._free_slots or victims):
+            if seq.priority <= head.priority or (short <= 0 and (self._free_slots or victims)):
                 break
-            if seq.priority <= head.priority:
-                return
             victims.append(seq)
             short -= self.manager.num_sole(seq.blocks)
-        else:
-            if short > 0:
-                return
-        for seq in victims:
-            self._preempt(seq)
+        if short <= 0 and (self._free_slots or victims):
+            for seq in victims:
+                self._preempt(seq)
 
     def _needs(self, seq: Sequence, num_taken: int) -> int:
         """Blocks to admit it, and the one it needs right afterwards when its last block is full."""

@@ -24,7 +24,7 @@ from api.health import live, ready
 from api.metrics import metrics
 from api.models import model, models, version
 from api.openapi import docs, openapi
-from api.service import SERVICE, Service
+from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Service
 from api.tokenize import detokenize, tokenize
 from engine.errors import EngineError
 
@@ -77,7 +77,7 @@ async def nowhere(request: web.Request) -> web.StreamResponse:
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     started_s = time.monotonic()
-    request["id"] = request_id(request)
+    request[REQUEST_ID] = request_id(request)
     status = 500
     try:
         response = await _checked(request, handler)
@@ -107,7 +107,7 @@ async def _checked(request: web.Request, handler: Handler) -> web.StreamResponse
     preflight = service.access.preflight(request)
     if preflight is not None:
         return preflight
-    request["caller"] = service.access.check_key(request, _route(request))
+    request[CALLER] = service.access.check_key(request, _route(request))
     return await handler(request)
 
 
@@ -120,7 +120,7 @@ def _as_api_error(request: web.Request, error: Exception) -> ApiError:
         return ApiError(error.status, error.reason)
     # the message of an unexpected exception may hold a prompt: only its type and the places are logged
     places = "".join(traceback.format_tb(error.__traceback__)[-6:])
-    log.error("request %s failed: %s\n%s", request["id"], type(error).__name__, places)
+    log.error("request %s failed: %s\n%s", request[REQUEST_ID], type(error).__name__, places)
     return ApiError(500, "The server failed on this request.", code="internal_error")
 
 
@@ -143,7 +143,7 @@ class _Refused(web.HTTPException):
 
     def __init__(self, error: ApiError) -> None:
         self.status_code = error.status
-        super().__init__(body=orjson.dumps(error.body()), content_type="application/json")
+        super().__init__(text=orjson.dumps(error.body()).decode(), content_type="application/json")
         self.force_close()
 
 
@@ -153,7 +153,7 @@ def _route(request: web.Request) -> str:
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    identity = request.get("id")
+    identity = request.get(REQUEST_ID)
     if identity:
         response.headers["X-Request-Id"] = identity
         response.headers.update(request.app[SERVICE].access.cors_headers(request))
@@ -166,5 +166,5 @@ def _log_request(request: web.Request, status: int, seconds: float) -> None:
     level = logging.DEBUG if route in QUIET else logging.INFO
     if access_log.isEnabledFor(level):
         shown = "(unknown)" if route == "/{path}" else route
-        note = request.get("note", "")
-        access_log.log(level, "%.8s %s %d %.1f ms id=%s%s", request.method, shown, status, seconds * 1e3, request["id"], note)
+        note = request.get(NOTE, "")
+        access_log.log(level, "%.8s %s %d %.1f ms id=%s%s", request.method, shown, status, seconds * 1e3, request[REQUEST_ID], note)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -15,9 +16,9 @@ from aiohttp import web
 from api.body import read_object
 from api.errors import ApiError, bad, from_text, json_response
 from api.generate import Answer, Delta, TokenLogprob
-from api.sampling import read, shared_fields
+from api.sampling import Wanted, read, shared_fields
 from api.schema import Field, Table, boolean, check_list, integer, kind, parse_object, table, unsupported, wrong_type
-from api.service import SERVICE, Served, Service
+from api.service import CALLER, NOTE, SERVICE, Served, Service
 from api.sse import event, stream_answer
 from config.schema import Request
 from text.errors import TextError
@@ -64,23 +65,24 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     values = parse_object(service.tables(chat_fields), body)
     wanted = read(_one_limit(values), _logprobs(values))
     prompt = await render_messages(service, served, values["messages"], values["chat_template_kwargs"])
-    answer = service.submit([prompt], wanted, request["caller"], default_tokens=None, param="messages", started_s=started_s)
-    frames = ChatFrames(served, wanted.n, wanted.include_usage)
+    answer = service.submit([prompt], wanted, request[CALLER], default_tokens=None, param="messages", started_s=started_s)
+    frames = ChatFrames(served, wanted)
     try:
         if wanted.stream:
             return await stream_answer(request, answer, frames, service.config.http)
         return json_response(await frames.fold(answer))
     finally:
-        request["note"] = service.finished(answer)
+        request[NOTE] = service.finished(answer)
 
 
 class ChatFrames:
     """Chat's two folds: chunks with everything but the text rendered once, and the whole answer."""
 
-    def __init__(self, served: Served, n: int, include_usage: bool) -> None:
+    def __init__(self, served: Served, wanted: Wanted) -> None:
         self._tokenizer = served.tokenizer
-        self._include_usage = include_usage
-        self._n = n
+        self._include_usage = wanted.include_usage
+        self._want_logprobs = wanted.logprobs >= 0
+        self._n = n = wanted.n
         self._base = {
             "id": f"chatcmpl-{secrets.token_hex(16)}",
             "object": "chat.completion.chunk",
@@ -91,7 +93,7 @@ class ChatFrames:
         opening = b"data: " + orjson.dumps(self._base)[:-1] + b',"choices":[{"index":'
         self._text = [opening + b'%d,"delta":{"content":' % i for i in range(n)]
         self._empty = [opening + b'%d,"delta":{' % i for i in range(n)]
-        self._end = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
+        self._end = b'}],"usage":null}\n\n' if wanted.include_usage else b"}]}\n\n"
         self._plain = b'},"logprobs":null,"finish_reason":null' + self._end
 
     def opening(self) -> bytes:
@@ -103,7 +105,7 @@ class ChatFrames:
             return self._text[delta.index] + orjson.dumps(delta.text) + self._plain
         out = b""
         if delta.text or delta.logprobs:
-            logprobs = orjson.dumps(_logprobs_json(delta.logprobs, self._tokenizer))
+            logprobs = orjson.dumps(_logprobs_json(delta.logprobs, self._tokenizer) if delta.logprobs else None)
             out = self._text[delta.index] + orjson.dumps(delta.text) + b'},"logprobs":' + logprobs
             out += b',"finish_reason":null' + self._end
         if delta.finish_reason is not None:
@@ -128,7 +130,7 @@ class ChatFrames:
             {
                 "index": choice.index,
                 "message": {"role": "assistant", "content": "".join(texts[choice.index]), "refusal": None},
-                "logprobs": _logprobs_json(tuple(logprobs[choice.index]), self._tokenizer),
+                "logprobs": _logprobs_json(logprobs[choice.index], self._tokenizer) if self._want_logprobs else None,
                 "finish_reason": choice.finish_reason,
             }
             for choice in answer.choices
@@ -136,9 +138,7 @@ class ChatFrames:
         return {**self._base, "object": "chat.completion", "choices": choices, "usage": answer.usage.as_json()}
 
 
-def _logprobs_json(logprobs: tuple[TokenLogprob, ...], tokenizer: Tokenizer) -> dict[str, Any] | None:
-    if not logprobs:
-        return None
+def _logprobs_json(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
     entries = []
     for item in logprobs:
         top = [_token_json(tokenizer, token, logprob) for token, logprob in item.top]

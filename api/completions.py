@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -12,9 +13,9 @@ from aiohttp import web
 from api.body import read_object
 from api.errors import bad, json_response
 from api.generate import Answer, Delta, TokenLogprob
-from api.sampling import read, shared_fields, too_long
+from api.sampling import Wanted, read, shared_fields, too_long
 from api.schema import Field, Table, boolean, check_list, integer, parse_object, table, unsupported, wrong_type
-from api.service import SERVICE, Served, Service
+from api.service import CALLER, NOTE, SERVICE, Served, Service
 from api.sse import event, stream_answer
 from config.schema import Request
 from text.tokenizer import Tokenizer
@@ -44,22 +45,23 @@ async def completions(request: web.Request) -> web.StreamResponse:
     wanted = read(values, -1 if values["logprobs"] is None else values["logprobs"])
     prompts = [await _ids(service, prompt) for prompt in values["prompt"]]
     echoes = [_echo(served, prompt, ids) for prompt, ids in zip(values["prompt"], prompts, strict=True)] if values["echo"] else []
-    answer = service.submit(prompts, wanted, request["caller"], default_tokens=DEFAULT_MAX_TOKENS, param="prompt", started_s=started_s)
-    frames = CompletionFrames(served, len(answer.choices), wanted.include_usage, [text for text in echoes for _ in range(wanted.n)])
+    answer = service.submit(prompts, wanted, request[CALLER], default_tokens=DEFAULT_MAX_TOKENS, param="prompt", started_s=started_s)
+    frames = CompletionFrames(served, wanted, len(answer.choices), [text for text in echoes for _ in range(wanted.n)])
     try:
         if wanted.stream:
             return await stream_answer(request, answer, frames, service.config.http)
         return json_response(await frames.fold(answer))
     finally:
-        request["note"] = service.finished(answer)
+        request[NOTE] = service.finished(answer)
 
 
 class CompletionFrames:
     """Completions' two folds."""
 
-    def __init__(self, served: Served, num_choices: int, include_usage: bool, echoes: list[str]) -> None:
+    def __init__(self, served: Served, wanted: Wanted, num_choices: int, echoes: list[str]) -> None:
         self._tokenizer = served.tokenizer
-        self._include_usage = include_usage
+        self._include_usage = wanted.include_usage
+        self._want_logprobs = wanted.logprobs >= 0
         self._echoes = echoes
         self._num_choices = num_choices
         self._base = {
@@ -71,7 +73,7 @@ class CompletionFrames:
         }
         opening = b"data: " + orjson.dumps(self._base)[:-1] + b',"choices":[{"index":'
         self._text = [opening + b'%d,"text":' % i for i in range(num_choices)]
-        self._end = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
+        self._end = b'}],"usage":null}\n\n' if wanted.include_usage else b"}]}\n\n"
         self._plain = b',"logprobs":null,"finish_reason":null' + self._end
 
     def opening(self) -> bytes:
@@ -80,7 +82,7 @@ class CompletionFrames:
     def delta(self, delta: Delta) -> bytes:
         if delta.finish_reason is None and not delta.logprobs:  # the hot path
             return self._text[delta.index] + orjson.dumps(delta.text) + self._plain
-        logprobs = orjson.dumps(_logprobs_json(delta.logprobs, self._tokenizer))
+        logprobs = orjson.dumps(_logprobs_json(delta.logprobs, self._tokenizer) if delta.logprobs else None)
         reason = orjson.dumps(delta.finish_reason)
         text = orjson.dumps(delta.text)
         return self._text[delta.index] + text + b',"logprobs":' + logprobs + b',"finish_reason":' + reason + self._end
@@ -102,7 +104,7 @@ class CompletionFrames:
             {
                 "index": choice.index,
                 "text": "".join(texts[choice.index]),
-                "logprobs": _logprobs_json(tuple(logprobs[choice.index]), self._tokenizer),
+                "logprobs": _logprobs_json(logprobs[choice.index], self._tokenizer) if self._want_logprobs else None,
                 "finish_reason": choice.finish_reason,
             }
             for choice in answer.choices
@@ -110,9 +112,7 @@ class CompletionFrames:
         return {**self._base, "choices": choices, "usage": answer.usage.as_json()}
 
 
-def _logprobs_json(logprobs: tuple[TokenLogprob, ...], tokenizer: Tokenizer) -> dict[str, Any] | None:
-    if not logprobs:
-        return None
+def _logprobs_json(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
     text = tokenizer.token_text
     return {
         "tokens": [text(item.token_id) for item in logprobs],

@@ -55,8 +55,7 @@ class Metrics:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generation_tokens = 0
-        self.num_api_requests = 0  # inference requests, admitted or not
-        self.live_requests = 0  # of these, not yet answered
+        self.live_requests = 0  # admitted, not yet answered
         self.finished = dict.fromkeys(REASONS, 0)
         self.refused = dict.fromkeys(REFUSALS, 0)
         self.first_token_s = Histogram(FIRST_TOKEN_S)

@@ -199,3 +199,6 @@ def _with_ends(wanted: Wanted, served: Served, chat: bool) -> Wanted:
 
 
 SERVICE: web.AppKey[Service] = web.AppKey("service", Service)
+REQUEST_ID: web.RequestKey[str] = web.RequestKey("id", str)
+CALLER: web.RequestKey[Caller] = web.RequestKey("caller", Caller)
+NOTE: web.RequestKey[str] = web.RequestKey("note", str)  # what the log line says about the answer

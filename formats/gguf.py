@@ -30,7 +30,8 @@ MAX_TENSORS = 65536
 MAX_NAME_BYTES = 256  # of a key or a tensor
 MAX_STRING_BYTES = 16 << 20
 MAX_ARRAY_ITEMS = 1 << 22  # numbers in one array
-MAX_STRINGS = 1 << 21  # strings and nested arrays, all keys together
+MAX_STRINGS = 1 << 21  # in arrays, all keys together
+MAX_ARRAYS = 4096  # arrays within arrays, all keys together
 MAX_DEPTH = 4  # arrays within arrays
 MAX_DIMS = 4
 MAX_ALIGNMENT = 4096
@@ -141,7 +142,7 @@ class _Reader:
         self.file, self.map = file, mapped
         self.pos, self.end = 0, len(mapped)
         self.where = ""
-        self.strings_left = MAX_STRINGS
+        self.left = {STRING: MAX_STRINGS, ARRAY: MAX_ARRAYS}
 
     def fail(self, reason: str) -> NoReturn:
         raise FormatError(self.file, self.where, reason)
@@ -230,8 +231,8 @@ class _Reader:
             return self.numbers(kind, self.count("array items", MAX_ARRAY_ITEMS, 1))
         if kind not in (STRING, ARRAY):
             self.fail(f"unknown element type {kind}")
-        n = self.count("array items", self.strings_left, 8 if kind == STRING else 12)
-        self.strings_left -= n
+        n = self.count("array items", self.left[kind], 8 if kind == STRING else 12)
+        self.left[kind] -= n
         return self.string_list(n) if kind == STRING else [self.array(depth + 1) for _ in range(n)]
 
     def string_list(self, n: int) -> list[str]:

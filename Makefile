@@ -7,16 +7,17 @@ RUN := $(VENV)/bin/python
 ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check coverage bench clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make setup   the environment alone, in $(VENV)'
-	@echo 'make demo    fetch a small model and serve it on 127.0.0.1:23333'
-	@echo 'make test    all tests'
-	@echo 'make check   linters, types, house tests'
-	@echo 'make bench   the benchmarks that need no model'
-	@echo 'make clean   remove caches; make clean ALL=1 also $(VENV) and .models'
+	@echo 'make setup     the environment alone, in $(VENV)'
+	@echo 'make demo      fetch a small model and serve it on 127.0.0.1:23333'
+	@echo 'make test      all tests'
+	@echo 'make check     linters, types, house tests'
+	@echo 'make coverage  line coverage of the pure wing, at least 95 %'
+	@echo 'make bench     the benchmarks that need no model'
+	@echo 'make clean     remove caches; make clean ALL=1 also $(VENV) and .models'
 
 setup: $(VENV)/.ready
 
@@ -47,6 +48,9 @@ check: $(VENV)/.ready-test
 	$(RUN) -m ruff check
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q tests/house tests/config
+
+coverage: $(VENV)/.ready-test
+	$(RUN) -m pytest -q tests/engine/pure tests/engine/core --cov=engine.cache --cov=engine.errors --cov=engine.scheduler --cov=engine.sequence --cov=engine.step --cov-report=term-missing --cov-fail-under=95
 
 bench: $(VENV)/.ready-test
 	$(RUN) -m bench.scheduler --json

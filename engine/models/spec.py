@@ -218,7 +218,7 @@ def spec_from_config(config: Mapping[str, object], generation: Mapping[str, obje
     heads = keys.integer("num_attention_heads", 1, MAX_HEADS)
     vocab = keys.integer("vocab_size", 1, MAX_VOCAB)
     layers = keys.integer("num_hidden_layers", 1, MAX_LAYERS)
-    head_dim = keys.integer("head_dim", 1, MAX_HEAD_DIM, family.default_head_dim or _even_share(keys, "num_attention_heads", hidden, heads))
+    head_dim = _head_dim(keys, "head_dim", hidden, heads, family.default_head_dim)
     max_position = keys.integer("max_position_embeddings", 1, MAX_POSITION)
     bias = keys.flag("attention_bias", False) if family.bias_keys else False
     window, window_layers = _window(keys, family, layers)
@@ -263,18 +263,19 @@ def _family_of_config(keys: Keys) -> tuple[str, Family]:
     keys.fail("architectures", f"{shown} is not supported; supported: {', '.join(f.architecture for f in FAMILIES.values())}")
 
 
-def _even_share(keys: Keys, key: str, hidden: int, heads: int) -> int:
-    if hidden % heads and not keys.has("head_dim"):
-        keys.fail(key, f"{heads} heads do not divide hidden_size {hidden}")
-    return hidden // heads
+def _head_dim(keys: Keys, key: str, hidden: int, heads: int, default: int = 0) -> int:
+    if not default and not keys.has(key) and hidden % heads:
+        keys.fail(key, f"missing, and {heads} heads do not divide a width of {hidden}")
+    head_dim = keys.integer(key, 1, MAX_HEAD_DIM, default or hidden // heads)
+    if head_dim % 2:
+        keys.fail(key, f"a head of {head_dim} dimensions cannot be rotated in pairs")
+    return head_dim
 
 
 def _checked(keys: Keys, spec: ModelSpec, heads_key: str) -> ModelSpec:
     """What holds between keys."""
     if spec.num_heads % spec.num_kv_heads:
         keys.fail(heads_key, f"{spec.num_heads} heads cannot share {spec.num_kv_heads} K/V heads evenly")
-    if spec.head_dim % 2:
-        keys.fail(heads_key, f"a head of {spec.head_dim} dimensions cannot be rotated in pairs")
     return spec
 
 
@@ -376,7 +377,7 @@ def spec_from_gguf(file: GGUFFile) -> ModelSpec:
         raise ModelError(f"{printable(file.path.name)}: holds a vocabulary and no weights")
     hidden = keys.integer("embedding_length", 1, MAX_WIDTH)
     heads = keys.integer("attention.head_count", 1, MAX_HEADS)
-    head_dim = keys.integer("attention.key_length", 1, MAX_HEAD_DIM, _even_share(keys, "attention.head_count", hidden, heads))
+    head_dim = _head_dim(keys, "attention.key_length", hidden, heads)
     keys.expect("attention.value_length", head_dim)
     max_position = keys.integer("context_length", 1, MAX_POSITION)
     vocab = _gguf_vocab(top, keys, file)

@@ -76,6 +76,9 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
         for name in ("revision", "download_dir"):
             if getattr(model, name):
                 yield f"model.{name}", "is for hub names; model.path is here on disk. Remove one of the two."
+    found = _format_on_disk(model.path)
+    if model.model_format not in ("auto", found) and found:
+        yield "model.model_format", f'is "{model.model_format}", but model.path is {found}; write "{found}" or "auto".'
     if 0 < engine.rope_scaling_factor < 1:
         yield "engine.rope_scaling_factor", f"must be 0 (off) or at least 1, not {engine.rope_scaling_factor:g}."
     if engine.executor == "thread" and engine.tp > 1:
@@ -84,6 +87,12 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
         yield "engine.mock_step_s", f'only means something with device = "mock", not "{engine.device}".'
     if not engine.kernel_cache_dir:
         yield "engine.kernel_cache_dir", "is empty; compiled kernels need a directory."
+
+
+def _format_on_disk(path: str) -> str:
+    """What lies at `path`: a directory is Hugging Face's layout, a file is GGUF; "" where nothing is."""
+    place = Path(path)
+    return "" if not path or not place.exists() else "hf" if place.is_dir() else "gguf"
 
 
 def _limits(config: Config) -> Iterator[tuple[str, str]]:

@@ -108,7 +108,11 @@ class Model:
 
     path: str = knob("", "Hugging Face directory, .gguf file, or hub name.")
     model_name: str = knob("", "Name in /v1/models and in answers; empty: the last part of path.")
-    model_format: str = knob(AUTO, "Checkpoint format; auto reads it from the files.", choices=(AUTO, "hf", "gguf"))
+    model_format: str = knob(
+        AUTO,
+        "Checkpoint format; it is always read from the files, and a value that contradicts them is refused.",
+        choices=(AUTO, "hf", "gguf"),
+    )
     dtype: str = knob(
         AUTO,
         "Computing type. auto: bfloat16 where the device is fast at it, else float32. float32 is the exact mode.",

@@ -209,6 +209,8 @@ CONTRADICTIONS = [
     ('[server]\nssl_certfile = "pyproject.toml"', "server.ssl_keyfile", "TLS needs both"),
     ('[server]\nssl_certfile = "no"\nssl_keyfile = "no"', "server.ssl_certfile", "is not a file"),
     ('[model]\npath = "m"\nchat_template = "no.jinja"', "model.chat_template", "is not a file"),
+    ('[model]\npath = "."\nmodel_format = "gguf"', "model.model_format", 'write "hf" or "auto"'),
+    ('[model]\npath = "pyproject.toml"\nmodel_format = "hf"', "model.model_format", 'write "gguf" or "auto"'),
     ('[model]\npath = "."\nrevision = "main"', "model.revision", "is for hub names"),
     ("[engine]\nrope_scaling_factor = 0.5", "engine.rope_scaling_factor", "must be 0 (off) or at least 1"),
     ('[engine]\nexecutor = "thread"\ntp = 2', "engine.executor", "a rank is a process"),
@@ -238,10 +240,12 @@ def test_contradictions(write: Any, text: str, key: str, reason: str) -> None:
         '[server]\nallow_origins = ["https://example.org:8443", "http://localhost"]\nallow_credentials = true',
         "[engine]\nsession_len = 256\n[cache]\nnum_blocks = 4",
         "[engine]\nrope_scaling_factor = 2",
+        '[model]\npath = "."\nmodel_format = "hf"',
+        '[model]\npath = "hub/name"\nmodel_format = "hf"',
     ],
 )
 def test_accepted(write: Any, text: str) -> None:
-    load_config(write(MODEL + text), environ={})
+    load_config(write(text if "[model]" in text else MODEL + text), environ={})
 
 
 def test_a_model_must_be_named_unless_it_is_mocked(write: Any) -> None:

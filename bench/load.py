@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
+import dataclasses
 import json
 import math
 import os
@@ -134,31 +134,20 @@ async def wait_ready(url: str, seconds: float) -> float:
 
 
 def make_jobs(args: argparse.Namespace) -> list[Job]:
-    """The jobs that the command line describes, in order of their intended send times."""
-    words = args.endpoint == "chat"
+    """The jobs that the command line describes, in order of their intended send times, and behind them those to warm up with."""
+    words, count = args.endpoint == "chat", args.num_prompts + args.num_warmups
     if args.trace:
-        arrivals = workload.read_trace(Path(args.trace))
-        jobs = workload.trace_jobs(
-            arrivals,
-            args.num_prompts,
-            args.trace_speed,
-            args.length_scale,
-            args.max_input_len,
-            args.max_output_len,
-            args.vocab_size,
-            args.seed,
-            words,
-        )
-        return list(jobs)
-    times = workload.arrival_times(args.num_prompts, args.request_rate, args.burstiness, args.seed)
+        lengths = args.length_scale, args.max_input_len, args.max_output_len
+        play = workload.Playback(args.trace_speed, *lengths, args.vocab_size, args.seed, words)
+        return list(workload.trace_jobs(workload.read_trace(Path(args.trace)), count, play))
+    times = workload.arrival_times(count, args.request_rate, args.burstiness, args.seed)
     if args.dataset == "random":
-        prompts = workload.random_prompts(
-            args.num_prompts, args.input_len, args.output_len, args.range_ratio, args.vocab_size, args.seed, words
-        )  # fmt: skip
+        lengths = args.input_len, args.output_len, args.range_ratio
+        prompts = workload.random_prompts(count, *lengths, args.vocab_size, args.seed, words)
     elif args.dataset == "corpus":
-        prompts = workload.corpus_prompts(_needed(args), args.num_prompts, args.input_len, args.output_len, _encoder(args), args.seed)
+        prompts = workload.corpus_prompts(_needed(args), count, args.input_len, args.output_len, _encoder(args), args.seed)
     else:
-        prompts = workload.jsonl_prompts(_needed(args), args.num_prompts, args.output_len)
+        prompts = workload.jsonl_prompts(_needed(args), count, args.output_len)
     return [Job(at_s, *prompt) for at_s, prompt in zip(times, prompts, strict=True)]
 
 
@@ -256,10 +245,11 @@ async def bench(args: argparse.Namespace) -> dict:
     model = args.model or await first_model(url, key)
     target = Target(url, model, args.endpoint, args.temperature, args.ignore_eos, key, args.request_timeout, args.extra_body)
     if args.num_warmups:
-        warm = [Job(0.0, j.prompt, j.input_len, j.output_len) for j in itertools.islice(itertools.cycle(jobs), args.num_warmups)]
+        # prompts of their own: the run must not find its prompts in the server's prefix cache
+        warm = [dataclasses.replace(job, at_s=0.0) for job in jobs[args.num_prompts :]]
         await run(target, warm, Pace(False, args.max_concurrency, args.max_seconds))
     pace = Pace(bool(args.trace) or math.isfinite(args.request_rate), args.max_concurrency, args.max_seconds)
-    answers, duration, lag = await run(target, jobs, pace, keep_text=args.save_detailed)
+    answers, duration, lag = await run(target, jobs[: args.num_prompts], pace, keep_text=args.save_detailed)
     return describe(args, model) | metrics.result(answers, duration, objectives, args.save_detailed) | {
         "client_lag_p99_ms": metrics.percentile(lag.late_s, 99) * 1000
     }  # fmt: skip

@@ -71,6 +71,15 @@ def percentile(values: Sequence[float], p: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
+def steady_rate(arrivals: Sequence[Sequence[float]]) -> float:
+    """Tokens a second of several sequences together, while all of them run: from when the last one has its first token
+    to when the first one has its last. `arrivals[i]`: times of sequence i's tokens, seconds, in order."""
+    low, high = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
+    if high <= low:
+        raise ValueError(f"{len(arrivals)} sequences never ran at the same time; let each decode more tokens.")
+    return sum(sum(low < at <= high for at in times) for times in arrivals) / (high - low)
+
+
 def summary(name: str, seconds: Sequence[float]) -> dict[str, float]:
     """`mean_<name>_ms`, median, std and the percentiles."""
     ms = sorted(s * 1000 for s in seconds)

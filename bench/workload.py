@@ -169,37 +169,41 @@ def read_trace(path: Path) -> Iterator[Arrival]:
     return read_mooncake(path) if first == b"{" else read_azure(path)
 
 
-def trace_jobs(
-    arrivals: Iterator[Arrival],
-    count: int,
-    speed: float,
-    scale: float,
-    max_input: int,
-    max_output: int,
-    vocab_size: int,
-    seed: int,
-    words: bool,
-) -> Iterator[Job]:
-    """Jobs of a trace, `speed` times faster, lengths times `scale`, cut to the maxima (0: uncut).
+@dataclass(frozen=True, slots=True)
+class Playback:
+    """How a trace is played: `speed` times faster, lengths times `scale`, cut to the maxima (0: uncut), as ids or as words."""
+
+    speed: float = 1.0
+    scale: float = 1.0
+    max_input: int = 0
+    max_output: int = 0
+    vocab_size: int = 32000
+    seed: int = 0
+    words: bool = False
+
+
+def trace_jobs(arrivals: Iterator[Arrival], count: int, play: Playback) -> Iterator[Job]:
+    """The first `count` arrivals as jobs.
 
     A prompt is the concatenation of its blocks, each made from (seed, hash id) alone, so that equal hash ids give equal
     prefixes whatever else is sent; scaling shrinks the blocks and keeps what is shared shared. Arrivals without hash ids
     get a prompt of their own.
     """
-    block = max(1, round(MOONCAKE_BLOCK * scale))
+    block = max(1, round(MOONCAKE_BLOCK * play.scale))
     for index, arrival in enumerate(itertools.islice(arrivals, count)):
-        n = _cut(round(arrival.input_len * scale), max_input)
-        m = _cut(round(arrival.output_len * scale), max_output)
-        names = [f"block {seed} {h}" for h in arrival.blocks] or [f"prompt {seed} {index}"]
+        n = _cut(round(arrival.input_len * play.scale), play.max_input)
+        m = _cut(round(arrival.output_len * play.scale), play.max_output)
+        names = [f"block {play.seed} {h}" for h in arrival.blocks] or [f"prompt {play.seed} {index}"]
         size = block if arrival.blocks else n
         prompt: list = []
         for name in names:
             rng = random.Random(name)
-            prompt += rng.choices(WORDS, k=size) if words else random_ids(rng, size, vocab_size)
+            prompt += rng.choices(WORDS, k=size) if play.words else random_ids(rng, size, play.vocab_size)
             if len(prompt) >= n:
                 break
         prompt = prompt[:n]
-        yield Job(arrival.at_s / speed, " ".join(prompt) if words else prompt, 0 if words else len(prompt), m)
+        at_s = arrival.at_s / play.speed
+        yield Job(at_s, " ".join(prompt), 0, m) if play.words else Job(at_s, prompt, len(prompt), m)
 
 
 def _cut(length: int, maximum: int) -> int:

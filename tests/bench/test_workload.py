@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from bench import workload
-from bench.workload import arrival_times, corpus_prompts, jsonl_prompts, random_prompts, read_azure, read_mooncake, read_trace, trace_jobs
+from bench.workload import (
+    Playback,
+    arrival_times,
+    corpus_prompts,
+    jsonl_prompts,
+    random_prompts,
+    read_azure,
+    read_mooncake,
+    read_trace,
+    trace_jobs,
+)
 
 
 def test_arrivals_are_fixed_by_the_seed() -> None:
@@ -95,7 +105,7 @@ def test_azure(tmp_path: Path) -> None:
     rows = list(read_trace(file))
     assert [(r.input_len, r.output_len) for r in rows] == [(4808, 10), (3180, 8), (110, 27)]
     assert [r.at_s for r in rows] == pytest.approx([0.0, 0.052, 60.052])
-    jobs = list(trace_jobs(iter(rows), 2, 2.0, 0.5, 2000, 0, 32000, 0, words=False))
+    jobs = list(trace_jobs(iter(rows), 2, Playback(2.0, 0.5, 2000)))
     assert [(j.at_s, len(j.prompt), j.output_len) for j in jobs] == [(0.0, 2000, 5), (0.026, 1590, 4)]
     assert jobs[0].prompt[:20] != jobs[1].prompt[:20]
 
@@ -123,13 +133,13 @@ def mooncake(tmp_path: Path) -> Path:
 def test_mooncake_shares_prefixes(tmp_path: Path) -> None:
     rows = list(read_trace(mooncake(tmp_path)))
     assert [r.at_s for r in rows] == [0.0, 0.5]
-    a, b = trace_jobs(iter(rows), 10, 1.0, 1.0, 0, 0, 32000, 3, words=False)
+    a, b = trace_jobs(iter(rows), 10, Playback(seed=3))
     assert (len(a.prompt), len(b.prompt)) == (1100, 1300)
     assert a.prompt[:1024] == b.prompt[:1024] and a.prompt[1024:] != b.prompt[1024:1100]
 
 
 def test_scaling_keeps_what_is_shared(tmp_path: Path) -> None:
-    a, b = trace_jobs(read_mooncake(mooncake(tmp_path)), 10, 1.0, 0.125, 0, 4, 32000, 3, words=False)
+    a, b = trace_jobs(read_mooncake(mooncake(tmp_path)), 10, Playback(scale=0.125, max_output=4, seed=3))
     assert (len(a.prompt), len(b.prompt), a.output_len) == (138, 162, 4)
     assert a.prompt[:128] == b.prompt[:128] and a.prompt[128:] != b.prompt[128:138]
 

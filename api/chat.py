@@ -19,7 +19,7 @@ from api.generate import Answer, Delta, TokenLogprob
 from api.sampling import Wanted, read, shared_fields
 from api.schema import Field, Table, boolean, check_list, integer, kind, parse_object, table, unsupported, wrong_type
 from api.service import CALLER, NOTE, SERVICE, Served, Service
-from api.sse import event, stream_answer
+from api.sse import event, joined, stream_answer
 from config.schema import Request
 from text.errors import TextError
 from text.tokenizer import Tokenizer
@@ -105,7 +105,7 @@ class ChatFrames:
             return self._text[delta.index] + orjson.dumps(delta.text) + self._plain
         out = b""
         if delta.text or delta.logprobs:
-            logprobs = orjson.dumps(_logprobs_json(delta.logprobs, self._tokenizer) if delta.logprobs else None)
+            logprobs = orjson.dumps(_logprobs_json(delta.logprobs, self._tokenizer))
             out = self._text[delta.index] + orjson.dumps(delta.text) + b'},"logprobs":' + logprobs
             out += b',"finish_reason":null' + self._end
         if delta.finish_reason is not None:
@@ -121,29 +121,34 @@ class ChatFrames:
     async def fold(self, answer: Answer) -> dict[str, Any]:
         """The answer as one object."""
         texts: list[list[str]] = [[] for _ in range(self._n)]
-        logprobs: list[list[TokenLogprob]] = [[] for _ in range(self._n)]
+        notes: list[list[bytes]] = [[] for _ in range(self._n)]
         async for batch in answer.deltas():
             for delta in batch:
                 texts[delta.index].append(delta.text)
-                logprobs[delta.index] += delta.logprobs
+                if delta.logprobs:  # rendered as they come: a long answer must not stop the loop at its end
+                    notes[delta.index].append(orjson.dumps(_entries(delta.logprobs, self._tokenizer))[1:-1])
         choices = [
             {
-                "index": choice.index,
-                "message": {"role": "assistant", "content": "".join(texts[choice.index]), "refusal": None},
-                "logprobs": _logprobs_json(logprobs[choice.index], self._tokenizer) if self._want_logprobs else None,
+                "index": i,
+                "message": {"role": "assistant", "content": "".join(texts[i]), "refusal": None},
+                "logprobs": {"content": joined(notes[i]), "refusal": None} if self._want_logprobs else None,
                 "finish_reason": choice.finish_reason,
             }
-            for choice in answer.choices
+            for i, choice in enumerate(answer.choices)
         ]
         return {**self._base, "object": "chat.completion", "choices": choices, "usage": answer.usage.as_json()}
 
 
-def _logprobs_json(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
+def _logprobs_json(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any] | None:
+    return {"content": _entries(logprobs, tokenizer), "refusal": None} if logprobs else None
+
+
+def _entries(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> list[dict[str, Any]]:
     entries = []
     for item in logprobs:
         top = [_token_json(tokenizer, token, logprob) for token, logprob in item.top]
         entries.append({**_token_json(tokenizer, item.token_id, item.logprob), "top_logprobs": top})
-    return {"content": entries, "refusal": None}
+    return entries
 
 
 def _token_json(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:

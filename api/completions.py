@@ -16,11 +16,12 @@ from api.generate import Answer, Delta, TokenLogprob
 from api.sampling import Wanted, read, shared_fields, too_long
 from api.schema import Field, Table, boolean, check_list, integer, parse_object, table, unsupported, wrong_type
 from api.service import CALLER, NOTE, SERVICE, Served, Service
-from api.sse import event, stream_answer
+from api.sse import event, joined, stream_answer
 from config.schema import Request
 from text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
+LOGPROB_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 def completion_fields(limits: Request, model: str, session_len: int, vocab_size: int) -> Table:
@@ -82,7 +83,7 @@ class CompletionFrames:
     def delta(self, delta: Delta) -> bytes:
         if delta.finish_reason is None and not delta.logprobs:  # the hot path
             return self._text[delta.index] + orjson.dumps(delta.text) + self._plain
-        logprobs = orjson.dumps(_logprobs_json(delta.logprobs, self._tokenizer) if delta.logprobs else None)
+        logprobs = orjson.dumps(_lists(delta.logprobs, self._tokenizer) if delta.logprobs else None)
         reason = orjson.dumps(delta.finish_reason)
         text = orjson.dumps(delta.text)
         return self._text[delta.index] + text + b',"logprobs":' + logprobs + b',"finish_reason":' + reason + self._end
@@ -95,31 +96,30 @@ class CompletionFrames:
     async def fold(self, answer: Answer) -> dict[str, Any]:
         """The answer as one object."""
         texts = [[text] for text in self._echoes] or [[] for _ in range(self._num_choices)]
-        logprobs: list[list[TokenLogprob]] = [[] for _ in range(self._num_choices)]
+        notes: list[dict[str, list[bytes]]] = [{key: [] for key in LOGPROB_LISTS} for _ in range(self._num_choices)]
         async for batch in answer.deltas():
             for delta in batch:
                 texts[delta.index].append(delta.text)
-                logprobs[delta.index] += delta.logprobs
+                if delta.logprobs:  # rendered as they come: a long answer must not stop the loop at its end
+                    for key, values in _lists(delta.logprobs, self._tokenizer).items():
+                        notes[delta.index][key].append(orjson.dumps(values)[1:-1])
         choices = [
             {
-                "index": choice.index,
-                "text": "".join(texts[choice.index]),
-                "logprobs": _logprobs_json(logprobs[choice.index], self._tokenizer) if self._want_logprobs else None,
+                "index": i,
+                "text": "".join(texts[i]),
+                "logprobs": {key: joined(parts) for key, parts in notes[i].items()} if self._want_logprobs else None,
                 "finish_reason": choice.finish_reason,
             }
-            for choice in answer.choices
+            for i, choice in enumerate(answer.choices)
         ]
         return {**self._base, "choices": choices, "usage": answer.usage.as_json()}
 
 
-def _logprobs_json(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
+def _lists(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, list[Any]]:
     text = tokenizer.token_text
-    return {
-        "tokens": [text(item.token_id) for item in logprobs],
-        "token_logprobs": [item.logprob for item in logprobs],
-        "top_logprobs": [{text(token): logprob for token, logprob in item.top} for item in logprobs],
-        "text_offset": [item.offset for item in logprobs],
-    }
+    tops = [{text(token): logprob for token, logprob in item.top} for item in logprobs]
+    columns = ([text(item.token_id) for item in logprobs], [item.logprob for item in logprobs], tops, [item.offset for item in logprobs])
+    return dict(zip(LOGPROB_LISTS, columns, strict=True))
 
 
 def _check_together(values: dict[str, Any], service: Service) -> None:

@@ -47,6 +47,11 @@ def event(value: object) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
 
 
+def joined(parts: list[bytes]) -> orjson.Fragment:
+    """Pieces of a JSON array, already rendered, as one array."""
+    return orjson.Fragment(b"[" + b",".join(parts) + b"]")
+
+
 class EventStream:
     """One text/event-stream response on one connection."""
 

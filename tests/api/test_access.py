@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from api.access import Access, Caller
 from api.access import PUBLIC as PUBLIC_ROUTES
+from api.access import Access, Caller
 from tests.api.harness import Running, mock_config, receive_all, serving
 
 KEY, OTHER = "sk-first-key", "sk-second-key"

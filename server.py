@@ -1,0 +1,64 @@
+"""The server: `python server.py --config x.toml`.
+
+Thin on purpose: read the configuration, do what the flags ask for, run. Nothing heavy is imported at the top,
+because every spawned rank imports this file again as `__mp_main__`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+from config.cli import load, parser
+from config.errors import ConfigError
+from config.load import LoadedConfig, render_effective
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        loaded = load(arguments)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if arguments.check:
+        print("the configuration can be used")
+        return 0
+    if arguments.print_effective:
+        print(render_effective(loaded))
+        return 0
+    if arguments.plan:
+        return plan(loaded)
+    return run(loaded)
+
+
+def run(loaded: LoadedConfig) -> int:
+    """Serve until a signal or the engine's death; returns the exit code."""
+    import asyncio
+
+    import uvloop
+
+    from api.lifecycle import Server
+    from api.log import setup_logging
+
+    setup_logging(loaded.config.server.log_level)
+
+    async def serve() -> int:
+        return await Server(loaded.config).run()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve())
+
+
+def finish(code: int) -> None:
+    """End the process with `code` even while a thread is still in native code (a compile, a download)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate()):
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    finish(main())

@@ -74,11 +74,12 @@ def ranks(pid: int) -> list[int]:
 class Server:
     """`python server.py`, killed with all its children at the end of the `with` whatever happened."""
 
-    def __init__(self, *sets: str, config: str = "config/mock.toml") -> None:
+    def __init__(self, *sets: str, config: str = "config/mock.toml", api_key: str = "") -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = open(os.memfd_create("server-log"), "w+b", buffering=0)
-        knobs = [f"server.server_port={self.port}", *sets]
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        knobs = [f"server.server_port={self.port}", *([f'server.api_keys=["{api_key}"]'] if api_key else []), *sets]
         command = [sys.executable, "server.py", "--config", config, *(word for knob in knobs for word in ("--set", knob))]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=self._log, start_new_session=True)
 
@@ -109,11 +110,11 @@ class Server:
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body; status 0 where nobody answers."""
-        return self._call(urllib.request.Request(self.url + path))
+        return self._call(urllib.request.Request(self.url + path, headers=self._headers))
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         data = json.dumps(body).encode()
-        status, text = self._call(urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}))
+        status, text = self._call(urllib.request.Request(self.url + path, data, self._headers))
         return status, json.loads(text) if text else None
 
     def signal(self, number: int) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ JOB, BARRIER, SLEEPERS, CLAIMS, PASSED = 0, 8, 16, 24, 56
 STOP = 1 << 40
 SPINS_BEFORE_YIELD = 2000
 SPINS_BEFORE_SLEEP = 3000  # about 60 us on a 4.5 GHz Zen 5: longer than the gap between two calls of one step
+Serve = Callable[[int, int, int, int], None]
 FUTEX_WAIT, FUTEX_WAKE = 128, 129  # private to the process
 SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
 
@@ -174,40 +176,51 @@ def aligned(count: int, dtype: Any) -> np.ndarray:
 class Pool:
     """`num_threads` threads, the caller's among them, around one njit function `serve(ctrl, params, tid, n)`.
 
-    For tid 0 `serve` posts a job, does its share and returns when all are done; for others it stays until the stop.
+    For tid 0 `serve` posts a job, does its share and returns when all are done; for others it stays until the stop, which
+    comes with `close`, with the last reference to the pool, or with the end of the process.
     """
 
-    def __init__(self, num_threads: int, serve: Callable[[int, int, int, int], None], num_params: int) -> None:
+    def __init__(self, num_threads: int, serve: Serve, num_params: int) -> None:
         self.num_threads = num_threads
-        self.params = aligned(1 + num_params, np.int64)
-        self.params[:] = 0
-        self.params[0] = self.params.ctypes.data + 8
         self._serve = serve
-        self._block = aligned(PASSED + 8 * num_threads, np.int64)
-        self._block[:] = 0
-        self._addresses = (self._block.ctypes.data, self.params.ctypes.data)
+        self._params = aligned(1 + num_params, np.int64)
+        self._params[:] = 0
+        self._params[0] = self._params.ctypes.data + 8
+        block = aligned(PASSED + 8 * num_threads, np.int64)
+        block[:] = 0
+        self._addresses = (block.ctypes.data, self._params.ctypes.data)
         self._lock = threading.Lock()
-        self._workers = [
-            threading.Thread(target=serve, args=(*self._addresses, tid, num_threads), name=f"cpu-{tid}", daemon=True)
+        workers = [
+            threading.Thread(target=_work, args=(serve, block, self._params, tid, num_threads), name=f"cpu-{tid}", daemon=True)
             for tid in range(1, num_threads)
         ]
-        for worker in self._workers:
+        for worker in workers:
             worker.start()
+        self._stop = weakref.finalize(self, _end, block, workers)
 
     def run(self, *params: int) -> None:
         """One job, params[0] telling which; returns when every thread is done."""
         with self._lock:
-            self.params[1 : 1 + len(params)] = params
+            if not self._stop.alive:
+                raise RuntimeError("The pool of CPU threads is closed.")
+            self._params[1 : 1 + len(params)] = params
             self._serve(*self._addresses, 0, self.num_threads)
 
     def close(self) -> None:
         """End the workers; the pool is of no use afterwards."""
         with self._lock:
-            if self._workers:
-                stop_workers(self._addresses[0])
-            for worker in self._workers:
-                worker.join()
-            self._workers = []
+            self._stop()
+
+
+def _work(serve: Serve, block: np.ndarray, params: np.ndarray, tid: int, num_threads: int) -> None:
+    """A worker's life. It holds the arrays whose addresses it reads: the pool may be gone before it has seen the stop."""
+    serve(block.ctypes.data, params.ctypes.data, tid, num_threads)
+
+
+def _end(block: np.ndarray, workers: list[threading.Thread]) -> None:
+    stop_workers(block.ctypes.data)
+    for worker in workers:
+        worker.join()
 
 
 @njit("void(int64)", nogil=True, cache=True)

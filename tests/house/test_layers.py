@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-
-import pytest
+from collections.abc import Callable, Iterable
 
 from tests.house.tree import ROOMS, ROOT, imports, module_name, program, python_files
 
@@ -27,58 +26,53 @@ def is_pure(module: str) -> bool:
     return module.split(".")[1:2] != [] and module.split(".")[1] in PURE_WING and module not in NOT_PURE
 
 
+PURE = tuple(name for name in python_files("engine") if is_pure(module_name(name)))
+
+
 def test_every_room_is_in_the_table() -> None:
     assert set(MAY_IMPORT) == {*ROOMS, "server"}
 
 
-@pytest.mark.parametrize("name", program())
-def test_rooms_import_downwards_only(name: str) -> None:
-    room = module_name(name).split(".")[0]
-    wrong = [
-        f"{name}:{line} imports {module}"
-        for line, module in imports(name)
-        if module.split(".")[0] in MAY_IMPORT and module.split(".")[0] not in MAY_IMPORT[room] | {room}
-    ]
-    assert not wrong
+def offenders(names: Iterable[str], wrong: Callable[[str, str], bool]) -> list[str]:
+    """`file:line imports module` for every import of the files that `wrong(file, module)`."""
+    return [f"{name}:{line} imports {module}" for name in names for line, module in imports(name) if wrong(name, module)]
 
 
-@pytest.mark.parametrize("name", program())
-def test_imports_are_absolute(name: str) -> None:
-    assert not [f"{name}:{line}" for line, module in imports(name) if module.startswith(".")]
+def test_rooms_import_downwards_only() -> None:
+    def upwards(name: str, module: str) -> bool:
+        room, target = module_name(name).split(".")[0], module.split(".")[0]
+        return target in MAY_IMPORT and target not in MAY_IMPORT[room] | {room}
+
+    assert not offenders(program(), upwards)
 
 
-@pytest.mark.parametrize("name", [name for name in python_files("engine") if is_pure(module_name(name))])
-def test_the_pure_wing_imports_only_the_standard_library_and_config(name: str) -> None:
-    wrong = []
-    for line, module in imports(name):
+def test_imports_are_absolute() -> None:
+    assert not offenders(program(), lambda name, module: module.startswith("."))
+
+
+def test_the_pure_wing_imports_only_the_standard_library_and_config() -> None:
+    def foreign(name: str, module: str) -> bool:
         top = module.split(".")[0]
-        if top in sys.stdlib_module_names or top == "config":
-            continue
-        if top == "engine" and (is_pure(module) or module in ("engine", "engine.cache")):
-            continue
-        wrong.append(f"{name}:{line} imports {module}")
-    assert not wrong
+        own = top == "engine" and (is_pure(module) or module in ("engine", "engine.cache"))
+        return not (own or top in sys.stdlib_module_names or top == "config")
+
+    assert len(PURE) > 5
+    assert not offenders(PURE, foreign)
 
 
-@pytest.mark.parametrize("name", python_files("engine"))
-def test_the_pure_wing_tells_no_time_and_logs_nothing(name: str) -> None:
-    if is_pure(module_name(name)):
-        banned = {"time", "logging", "datetime", "random", "asyncio", "threading", "socket", "os"}
-        assert not [f"{name}:{line} imports {module}" for line, module in imports(name) if module.split(".")[0] in banned]
+def test_the_pure_wing_tells_no_time_and_logs_nothing() -> None:
+    banned = {"time", "logging", "datetime", "random", "asyncio", "threading", "socket", "os"}
+    assert not offenders(PURE, lambda name, module: module.split(".")[0] in banned)
 
 
-@pytest.mark.parametrize("name", program())
-def test_cpu_and_cuda_do_not_know_each_other(name: str) -> None:
-    module = module_name(name)
-    for mine, other in (("engine.cpu", "engine.cuda"), ("engine.cuda", "engine.cpu")):
-        if module.startswith(mine):
-            assert not [line for line, target in imports(name) if target.startswith(other)]
+def test_cpu_and_cuda_do_not_know_each_other() -> None:
+    assert not offenders(python_files("engine"), lambda name, module: name.startswith("engine/cpu/") and module.startswith("engine.cuda"))
+    assert not offenders(python_files("engine"), lambda name, module: name.startswith("engine/cuda/") and module.startswith("engine.cpu"))
 
 
-@pytest.mark.parametrize("name", python_files())
-def test_one_line_imports_numba_cuda(name: str) -> None:
-    if name != "engine/cuda/target.py":
-        assert not [line for line, module in imports(name) if module == "numba.cuda" or module.startswith("numba.cuda.")]
+def test_one_line_imports_numba_cuda() -> None:
+    everywhere = (name for name in python_files() if name != "engine/cuda/target.py")
+    assert not offenders(everywhere, lambda name, module: f"{module}.".startswith("numba.cuda."))
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -88,11 +82,9 @@ def loaded_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize(
-    "module", [module_name(n) for n in python_files("engine") if is_pure(module_name(n)) and not n.endswith("__init__.py")]
-)
-def test_importing_the_pure_wing_loads_no_library(module: str) -> None:
-    assert not loaded_by(f"import {module}") & {"torch", "numpy", "numba", "llvmlite", "aiohttp", "tokenizers", "jinja2"}
+def test_importing_the_pure_wing_loads_no_library() -> None:
+    modules = ", ".join(module_name(name) for name in PURE if not name.endswith("__init__.py"))
+    assert not loaded_by(f"import {modules}") & {"torch", "numpy", "numba", "llvmlite", "aiohttp", "tokenizers", "jinja2"}
 
 
 def test_importing_the_server_loads_nothing_heavy() -> None:

@@ -42,8 +42,13 @@ def module_name(name: str) -> str:
     return name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def imports(name: str) -> Iterator[tuple[int, str]]:
+@cache
+def imports(name: str) -> tuple[tuple[int, str], ...]:
     """(line, dotted module) for every import of a file, wherever it stands; `from a import b` counts as a and a.b."""
+    return tuple(_imports(name))
+
+
+def _imports(name: str) -> Iterator[tuple[int, str]]:
     for node in ast.walk(parsed(name)):
         if isinstance(node, ast.Import):
             for alias in node.names:

@@ -81,7 +81,13 @@ class LibraryTokenizer(Tokenizer):
         if self._no_token:
             self._refuse_missing(text)
         chosen = self._library if prefix else self._plain
-        return list(chosen.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(chosen.encode(text, add_special_tokens=False).ids)
+        except BaseException as e:
+            if type(e).__name__ != "PanicException":
+                raise
+            # the library's way to say that its regular expression gave up; a BaseException would end the thread
+            raise Unencodable("the tokenizer's splitting pattern gave up on this text; make it shorter") from e
 
     def _refuse_missing(self, text: str) -> None:
         """Byte-level BPE drops bytes that have no token; say so instead of losing them."""

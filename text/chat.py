@@ -36,24 +36,17 @@ class ChatTemplate:
     warnings: sentences for the log, about markers that the vocabulary does not have.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        jinja: dict[str, str] | None,
-        lmdeploy: LMDeployTemplate | None,
-        timeout_s: float,
-        max_chars: int,
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: dict[str, str] | LMDeployTemplate, timeout_s: float, max_chars: int) -> None:
+        """`template`: Jinja sources by name, or LMDeploy's markers."""
         self._tokenizer = tokenizer
-        self._sources = jinja or {}
-        self._host = TemplateHost(self._sources, timeout_s, max_chars) if jinja else None
-        self._lmdeploy = lmdeploy
+        self._sources = {} if isinstance(template, LMDeployTemplate) else template
+        self._renderer = template if isinstance(template, LMDeployTemplate) else TemplateHost(template, timeout_s, max_chars)
         self._spellings = Spellings(tokenizer)
         self._special_variables = _special_variables(tokenizer)
-        words = lmdeploy.stop_words if lmdeploy else ()
+        words = template.stop_words if isinstance(template, LMDeployTemplate) else ()
         self.stop_strings = tuple(w for w in words if w not in tokenizer.specials)
         self.stop_ids = frozenset(tokenizer.specials[w].id for w in words if w in tokenizer.specials)
-        self.warnings = tuple(lmdeploy.warnings(tokenizer)) if lmdeploy else ()
+        self.warnings = tuple(template.warnings(tokenizer)) if isinstance(template, LMDeployTemplate) else ()
 
     def render(
         self,
@@ -103,11 +96,11 @@ class ChatTemplate:
             if key in RESERVED or not key.isidentifier():
                 raise TemplateArgument(f"chat_template_kwargs.{key[:60]}: this variable cannot be set by a request")
         plain = [_plain_message(i, m) for i, m in enumerate(messages)]
-        fixed = self._sources.values() if self._host else ()
-        marks = Marks(self._spellings, fixed, [plain, tools, kwargs])
+        marks = Marks(self._spellings, self._sources.values(), [plain, tools, kwargs])
         marked = marks.messages(plain)
-        if self._host is None:
-            return self._render_lmdeploy(marked, tools, add_generation_prompt, kwargs), marks
+        if isinstance(self._renderer, LMDeployTemplate):
+            _refuse_extras(tools, kwargs)
+            return self._renderer.render(marked, add_generation_prompt), marks
         variables = {
             **self._special_variables,
             **marks.value(kwargs or {}),
@@ -116,31 +109,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         name = TOOL_USE if tools and TOOL_USE in self._sources else DEFAULT
-        return self._render_jinja(name, variables), marks
-
-    def _render_lmdeploy(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool, kwargs: dict[str, Any] | None
-    ) -> str:
-        if tools:
-            raise TemplateRefused("tools: this model's chat template (LMDeploy JSON) has no place for tools")
-        if kwargs:
-            raise TemplateArgument(
-                f"chat_template_kwargs.{next(iter(kwargs))[:60]}: this model's chat template (LMDeploy JSON) takes no variables"
-            )
-        assert self._lmdeploy is not None
-        return self._lmdeploy.render(messages, add_generation_prompt)
-
-    def _render_jinja(self, name: str, variables: dict[str, Any]) -> str:
-        assert self._host is not None
-        try:
-            return self._host.render(name, variables)
-        except TemplateRefused:
-            # OpenAI clients send `"content": null` beside tool calls, and many templates only know strings
-            messages = variables["messages"]
-            if not any(m.get("content", "") is None for m in messages):
-                raise
-            filled = [m | {"content": ""} if m.get("content", "") is None else m for m in messages]
-            return self._host.render(name, variables | {"messages": filled})
+        return _render_jinja(self._renderer, name, variables), marks
 
     def check(self) -> None:
         """Render a short conversation; learn what ends an answer. Raises TemplateError if the template cannot do it."""
@@ -162,7 +131,7 @@ class ChatTemplate:
     def _check_with_tools(self, question: dict[str, Any], without: TextError) -> None:
         """Some checkpoints ship a template that only knows conversations with tools."""
         try:
-            if self._host is None or isinstance(without, TemplateBudget):
+            if isinstance(without, TemplateBudget):
                 raise without
             self.render([question], tools=[PROBE_TOOL])
         except TextError:
@@ -170,8 +139,27 @@ class ChatTemplate:
 
     def close(self) -> None:
         """End the helper process, if there is one; a later render would start another."""
-        if self._host is not None:
-            self._host.close()
+        if isinstance(self._renderer, TemplateHost):
+            self._renderer.close()
+
+
+def _refuse_extras(tools: list[dict[str, Any]] | None, kwargs: dict[str, Any] | None) -> None:
+    if tools:
+        raise TemplateRefused("tools: this model's chat template (LMDeploy JSON) has no place for tools")
+    for key in kwargs or {}:
+        raise TemplateArgument(f"chat_template_kwargs.{key[:60]}: this model's chat template (LMDeploy JSON) takes no variables")
+
+
+def _render_jinja(host: TemplateHost, name: str, variables: dict[str, Any]) -> str:
+    try:
+        return host.render(name, variables)
+    except TemplateRefused:
+        # OpenAI clients send `"content": null` beside tool calls, and many templates only know strings
+        messages = variables["messages"]
+        if not any(m.get("content", "") is None for m in messages):
+            raise
+        filled = [m | {"content": ""} if m.get("content", "") is None else m for m in messages]
+        return host.render(name, variables | {"messages": filled})
 
 
 def _special_variables(tokenizer: Tokenizer) -> dict[str, str]:
@@ -218,7 +206,7 @@ def load_chat_template(
     The template is tried before this returns; its helper process stays until `close`. Raises FormatError (a file that
     cannot be read), NoChatTemplate, TemplateError.
     """
-    template = _load(source, tokenizer, timeout_s, max_chars)
+    template = ChatTemplate(tokenizer, _load(source, tokenizer), timeout_s, max_chars)
     try:
         template.check()
     except BaseException:
@@ -229,17 +217,17 @@ def load_chat_template(
     return template
 
 
-def _load(source: Path | str | None, tokenizer: Tokenizer, timeout_s: float, max_chars: int) -> ChatTemplate:
+def _load(source: Path | str | None, tokenizer: Tokenizer) -> dict[str, str] | LMDeployTemplate:
     if not source:
-        return ChatTemplate(tokenizer, _own_templates(tokenizer), None, timeout_s, max_chars)
+        return _own_templates(tokenizer)
     if isinstance(source, str) and ("{{" in source or "{%" in source):
-        return ChatTemplate(tokenizer, {DEFAULT: source}, None, timeout_s, max_chars)
+        return {DEFAULT: source}
     path = Path(source)
     if not path.is_file():
         raise FormatError(path.name, "", "model.chat_template names no file and is no Jinja text")
     if path.suffix.lower() == ".json":
-        return ChatTemplate(tokenizer, None, load_lmdeploy_template(path), timeout_s, max_chars)
-    return ChatTemplate(tokenizer, {DEFAULT: read_template_text(path)}, None, timeout_s, max_chars)
+        return load_lmdeploy_template(path)
+    return {DEFAULT: read_template_text(path)}
 
 
 def _own_templates(tokenizer: Tokenizer) -> dict[str, str]:

@@ -17,8 +17,8 @@ from formats.errors import FormatError, printable
 from formats.gguf import GGUFFile
 from text.base import Special, Tokenizer, VocabularyInfo
 from text.byte_level import library_errors, piece_bytes
-from text.gguf_vocabulary import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, GGUFVocabulary
 from text.errors import Unencodable
+from text.gguf_vocabulary import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, GGUFVocabulary
 from text.hub_files import DeclaredToken, HubSettings
 
 MAX_MODEL_BYTES = 64 << 20
@@ -163,11 +163,14 @@ def load_gguf_sentencepiece(file: GGUFFile, vocabulary: GGUFVocabulary) -> Token
 
 def _serialize(vocabulary: GGUFVocabulary, prefixed: bool) -> bytes:
     """A ModelProto: pieces (1), trainer_spec (2: BPE, byte fallback), normalizer_spec (3: none, spaces escaped)."""
+    byte_fallback = vocabulary.types.count(BYTE) == 256
     seen: set[str] = set()
     out = bytearray()
     for i, (token, score, kind) in enumerate(zip(vocabulary.tokens, vocabulary.scores, vocabulary.types, strict=True)):
         if kind == USER_DEFINED:
             token = token.replace(" ", SPACE)  # matched after spaces are escaped
+        if kind == BYTE and not byte_fallback:
+            kind = UNUSED  # the library wants all of them or none
         if not token or "\0" in token or token in seen:  # the library refuses these; under a private name nothing reaches them
             token, kind = f"\U0010fffd{i}", CONTROL if kind == CONTROL else UNUSED
         seen.add(token)
@@ -175,7 +178,6 @@ def _serialize(vocabulary: GGUFVocabulary, prefixed: bool) -> bytes:
         out += _field(1, piece)
     if UNKNOWN not in vocabulary.types:  # the library wants one; it lies beyond the ids of this vocabulary
         out += _field(1, _field(1, "\U0010fffdunknown".encode()) + b"\x18" + bytes([UNKNOWN]))
-    byte_fallback = vocabulary.types.count(BYTE) == 256
     trainer = b"\x18\x02" + (b"\x98\x02\x01" if byte_fallback else b"")  # model_type (3) BPE, byte_fallback (35)
     normalizer = _field(1, b"identity") + bytes([0x18, prefixed, 0x20, 0, 0x28, 1])
     return bytes(out + _field(2, trainer) + _field(3, normalizer))

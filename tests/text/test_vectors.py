@@ -30,10 +30,9 @@ def vectors(assets: Path, name: str) -> list[tuple[str, list[int]]]:
         ("vectors/ggml-vocab-llama-spm.gguf", "llama-spm"),
         ("llama2/tokenizer.model", "llama-spm"),
         ("vectors/ggml-vocab-qwen2.gguf", "qwen2"),
-        ("qwen2_5/tokenizer.json", "qwen2"),
         ("qwen2_5", "qwen2"),
         ("qwen1/qwen.tiktoken", "qwen2"),
-        ("llama3_1/tokenizer.json", "llama-bpe"),
+        ("llama3_1", "llama-bpe"),
     ],
 )
 def test_vectors(assets: Path, load: Load, file: str, name: str) -> None:
@@ -89,8 +88,8 @@ def test_equals_the_library_on_the_original_file(assets: Path, load: Load, name:
     ("one", "other"),
     [
         ("llama2/tokenizer.model", "vectors/ggml-vocab-llama-spm.gguf"),
-        ("qwen2_5/tokenizer.json", "vectors/ggml-vocab-qwen2.gguf"),
-        ("qwen2_5/tokenizer.json", "qwen1/qwen.tiktoken"),
+        ("qwen2_5", "vectors/ggml-vocab-qwen2.gguf"),
+        ("qwen2_5", "qwen1/qwen.tiktoken"),
     ],
 )
 def test_two_files_of_one_vocabulary_agree(load: Load, one: str, other: str) -> None:
@@ -146,7 +145,7 @@ def test_stories260k(assets: Path) -> None:
 
 
 def test_qwen1_control_tokens_follow_the_ranks(load: Load) -> None:
-    tokenizer = load("qwen1")
+    tokenizer = load("qwen1/qwen.tiktoken")
     ids = tokenizer.encode("<|im_start|>user<|im_end|><|extra_204|>", parse_special=True)
     assert ids == [151644, 872, 151645, 151850]
     assert tokenizer.vocab_size == 151851

@@ -30,7 +30,7 @@ class Decoder:
         self.embedding, self.head = loader.embedding_and_head()
         self.layers: list[Layer] = [loader.layer(i) for i in range(spec.num_layers)]
         self.final_norm = loader.norm("final_norm")
-        self.rope = backend.prepare_rope(*rope_tables(spec, session_len + 1))
+        self.rope = backend.prepare_rope(*rope_tables(spec, session_len))
         if ranks.size == 1:
             backend.bind(self)
 

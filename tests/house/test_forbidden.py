@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from tests.house.tree import dotted, imports, parsed, program, python_files
+from tests.house.tree import dotted, imports_of, parsed, program, python_files
 
 # Decoders that run what they read, and ways to run text.
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "imp"}
@@ -19,9 +19,9 @@ DATES = {"text/template_worker.py"}  # strftime_now, which chat templates may ca
 TASKS = {"create_task", "ensure_future", "run_coroutine_threadsafe"}
 
 
-def findings(name: str) -> list[str]:
-    found = [f"{line}: imports {module}" for line, module in imports(name) if module.split(".")[0] in MODULES]
-    for node in ast.walk(parsed(name)):
+def findings(tree: ast.Module) -> list[str]:
+    found = [f"{line}: imports {module}" for line, module in imports_of(tree) if module.split(".")[0] in MODULES]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             if dotted(node.func) in CALLS:
                 found.append(f"{node.lineno}: calls {dotted(node.func)}")
@@ -53,7 +53,7 @@ def _is_dots(statement: ast.stmt) -> bool:
 
 
 def test_nothing_forbidden() -> None:
-    assert not [f"{name}:{finding}" for name in python_files() for finding in findings(name)]
+    assert not [f"{name}:{finding}" for name in python_files() for finding in findings(parsed(name))]
 
 
 def test_clocks_are_monotonic() -> None:
@@ -107,8 +107,5 @@ def _narrows(test: ast.expr) -> bool:
         ("with contextlib.suppress(Exception):\n    f()", 1),
     ],
 )
-def test_the_lint_sees_what_it_is_for(source: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree = ast.parse(source)
-    monkeypatch.setattr("tests.house.tree.parsed", lambda name: tree)
-    monkeypatch.setitem(findings.__globals__, "parsed", lambda name: tree)
-    assert len(set(findings("x.py"))) == number
+def test_the_lint_sees_what_it_is_for(source: str, number: int) -> None:
+    assert len(set(findings(ast.parse(source)))) == number

@@ -45,11 +45,11 @@ def module_name(name: str) -> str:
 @cache
 def imports(name: str) -> tuple[tuple[int, str], ...]:
     """(line, dotted module) for every import of a file, wherever it stands; `from a import b` counts as a and a.b."""
-    return tuple(_imports(name))
+    return tuple(imports_of(parsed(name)))
 
 
-def _imports(name: str) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(parsed(name)):
+def imports_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name

@@ -62,7 +62,7 @@ def make(byte_tokenizer: ByteTokenizer) -> Iterator[Callable[..., ChatTemplate]]
     made: list[ChatTemplate] = []
 
     def maker(source: Any, tokenizer: Tokenizer = byte_tokenizer, **options: Any) -> ChatTemplate:
-        made.append(load_chat_template(source, tokenizer, **options))
+        made.append(load_chat_template(source, tokenizer, **({"timeout_s": 20.0} | options)))
         return made[-1]
 
     yield maker
@@ -72,7 +72,7 @@ def make(byte_tokenizer: ByteTokenizer) -> Iterator[Callable[..., ChatTemplate]]
 
 @pytest.fixture(scope="module")
 def chatml(byte_tokenizer: ByteTokenizer) -> Iterator[ChatTemplate]:
-    template = load_chat_template(None, byte_tokenizer)
+    template = load_chat_template(None, byte_tokenizer, timeout_s=20.0)
     yield template
     template.close()
 
@@ -181,7 +181,7 @@ def test_control_tokens_do_not_form_across_messages(glued: ChatTemplate, content
 
 @pytest.fixture(scope="module")
 def glued(byte_tokenizer: ByteTokenizer) -> Iterator[ChatTemplate]:
-    template = load_chat_template("<{% for m in messages %}{{ m.content }}{% endfor %}>", byte_tokenizer)
+    template = load_chat_template("<{% for m in messages %}{{ m.content }}{% endfor %}>", byte_tokenizer, timeout_s=20.0)
     yield template
     template.close()
 

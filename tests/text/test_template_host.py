@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -15,15 +14,16 @@ import pytest
 from text.errors import TemplateBudget, TemplateError, TemplateRefused
 from text.template_host import TemplateHost
 
-TIMEOUT_S = 0.6
+TIMEOUT_S = 0.6  # for templates that are meant to run into it
+PATIENCE_S = 20.0  # for those that are not: the machine may be busy
 
 
-def host(source: str, max_chars: int = 100_000) -> TemplateHost:
-    return TemplateHost({"default": source}, TIMEOUT_S, max_chars)
+def host(source: str, max_chars: int = 100_000, timeout_s: float = PATIENCE_S) -> TemplateHost:
+    return TemplateHost({"default": source}, timeout_s, max_chars)
 
 
-def render(source: str, **variables: object) -> str:
-    made = host(source)
+def render(source: str, timeout_s: float = PATIENCE_S, **variables: object) -> str:
+    made = host(source, timeout_s=timeout_s)
     try:
         return made.render("default", dict(variables))
     finally:
@@ -60,11 +60,11 @@ def echo() -> Iterator[TemplateHost]:
 def test_expensive_templates_end_in_time(source: str) -> None:
     start = time.monotonic()
     try:
-        text = render(source, n=10**9)
+        text = render(source, TIMEOUT_S, n=10**9)
     except (TemplateBudget, TemplateRefused):
         text = ""
     assert len(text) <= 100_000
-    assert time.monotonic() - start < TIMEOUT_S + 4  # the process starts within this time, too
+    assert time.monotonic() - start < TIMEOUT_S + 10  # starting the process on a busy machine included
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,10 @@ def test_the_helper_survives_refusals_and_restarts_after_a_kill(echo: TemplateHo
         echo.render("other", {})
     assert echo.render("default", {"x": "2"}) == "2"
     assert echo._helper.process is process  # type: ignore[union-attr]
+    echo._timeout_s = TIMEOUT_S
     with pytest.raises(TemplateBudget, match="template_timeout_s"):
         echo.render("default", {"spin": True})
+    echo._timeout_s = PATIENCE_S
     assert process.returncode == -signal.SIGKILL
     assert echo.render("default", {"x": "3"}) == "3"
 
@@ -184,7 +186,7 @@ def test_a_render_costs_far_less_than_a_millisecond(echo: TemplateHost) -> None:
         start = time.perf_counter()
         echo.render("default", {"x": "hello" * 100})
         times.append(time.perf_counter() - start)
-    assert statistics.median(times) < 0.002  # 0.1 ms alone on a core; room for a busy machine
+    assert min(times) < 0.001  # 0.1 ms on an idle core; the minimum, since the machine may be busy
 
 
 def test_large_messages_pass(echo: TemplateHost) -> None:

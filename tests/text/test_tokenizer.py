@@ -279,11 +279,12 @@ def test_added_tokens_of_a_sentencepiece_directory(trained_model: Path) -> None:
 
 
 def seconds(tokenizer: Tokenizer, text: str) -> float:
+    """CPU time of this thread: other processes of a busy machine do not count."""
     best = float("inf")
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.thread_time()
         tokenizer.encode(text)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     return best
 
 
@@ -291,6 +292,6 @@ def seconds(tokenizer: Tokenizer, text: str) -> float:
 def test_long_text_takes_near_linear_time(load: Callable[[str], Tokenizer], tiny_spm: Tokenizer, unit: str) -> None:
     tokenizers_ = [load("qwen2_5"), load("llama2/tokenizer.model"), tiny_spm]
     for tokenizer in tokenizers_:
-        short, long = unit * (10_000 // len(unit)), unit * (160_000 // len(unit))
+        short, long = unit * (8_000 // len(unit)), unit * (128_000 // len(unit))
         # 16 times the text: quadratic would be 256 times the time
         assert seconds(tokenizer, long) < 64 * max(seconds(tokenizer, short), 0.001), (type(tokenizer).__name__, unit)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from config.schema import Config
-from engine.backend import Backend
 from engine.errors import ConfigError
 from engine.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from engine.backend import Backend  # imports torch, which the memory plan and the server process do without
 
 
 def num_threads(config: Config) -> int:

@@ -364,7 +364,7 @@ class Scheduler:
     def _admit(self, admits: list[Admit], now: float) -> Sequence | None:
         """The first in line takes a slot and the blocks of all its ids, or nobody does (so nobody is overtaken)."""
         seq, manager = self.waiting[0], self.manager
-        if not self._free_slots or self._needing or seq.num_pending:
+        if not self._free_slots or seq.num_pending:
             return None
         room = manager.num_available - self._spare(seq)
         if seq is self._blocked[0] and self._blocked[1] > room:
@@ -426,7 +426,7 @@ class Scheduler:
         """Take what the oldest step in flight sampled; one event for each id of a sequence that is still there."""
         step = self._check_result(result)
         for seq, table, first, last in step.filled:
-            if seq.finish_reason is not FinishReason.ERROR and len(seq.token_ids) >= last * self.manager.block_seq_len:
+            if len(seq.token_ids) >= last * self.manager.block_seq_len:  # else it ended before its last id came back
                 self.manager.commit(table, seq.token_ids, seq.salt, first, last)
         self.manager.step_ended(step.number)
         events = self._take_ids(step, result)

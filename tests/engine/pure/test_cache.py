@@ -194,6 +194,18 @@ def test_two_that_computed_the_same_share_one_entry() -> None:
     assert manager._pool.cached_ids() == [second[2], first[1], first[0]]
 
 
+def test_a_reset_forgets_twins() -> None:
+    manager = CacheManager(4, 1)
+    first, second = manager.reserve(Match([], 1, 1)), manager.reserve(Match([], 1, 1))
+    assert first is not None and second is not None
+    manager.commit(first, [1], b"", 0, 1)
+    manager.commit(second, [1], b"", 0, 1)
+    manager.reset_cache()
+    manager.release(first, None)
+    manager.release(second, None)
+    assert manager.num_free == 4 and len(manager.index) == 0
+
+
 def test_a_twin_of_an_evicted_block_is_free_when_dropped() -> None:
     manager = CacheManager(3, 1)
     first, second = manager.reserve(Match([], 1, 1)), manager.reserve(Match([], 1, 1))

@@ -118,6 +118,24 @@ def test_prompts_go_on_when_decoding_alone_fills_the_budget(budget: int) -> None
     assert late.status is Status.FINISHED
 
 
+def test_long_prompts_never_hold_decoding_up() -> None:
+    """C6: a stream of prompts longer than the budget; each step still decodes everybody, and every prompt ends."""
+    world = roomy(max_batch_size=12, max_step_tokens=16)
+    decoding = [world.add([i], max_tokens=200, seed=i) for i in range(8)]
+    for _ in range(3):
+        world.turn()
+    for turn in range(100):
+        if turn % 10 == 0:
+            world.add([turn, *range(40)], max_tokens=1)
+        before = [len(world.events[seq.id]) for seq in decoding]
+        world.turn()
+        assert [len(world.events[seq.id]) for seq in decoding] == [n + 1 for n in before]
+        assert world.plans[-1].num_tokens <= 16
+    late = [seq for seq in world.sequences.values() if seq not in decoding]
+    assert [seq.status for seq in late] == [Status.FINISHED] * 10
+    assert [seq.first_token_s for seq in late] == sorted(seq.first_token_s for seq in late)
+
+
 def test_slots_are_released_and_reused_in_one_plan() -> None:
     world = roomy(max_batch_size=1)
     world.add([1], max_tokens=1)
@@ -439,6 +457,17 @@ def test_an_abort_gives_one_event_and_all_blocks(when: str) -> None:
         assert world.apply() == []
     assert world.manager.num_active == 0 and not world.scheduler.has_work and not world.scheduler._newcomers
     world.check()
+
+
+def test_a_block_whose_last_id_never_came_back_is_not_cached() -> None:
+    world = roomy()
+    world.add([1, 2, 3], max_tokens=9)
+    world.plan()
+    world.plan()  # computes position 3, the last of the block, with an id that is still being sampled
+    world.abort(0)
+    world.apply()
+    world.apply()
+    assert world.manager.num_cached == 0 and len(world.manager.index) == 0
 
 
 def test_a_stop_string_ends_a_sequence_with_its_reason() -> None:

@@ -113,9 +113,11 @@ class Server:
         return self._call(urllib.request.Request(self.url + path, headers=self._headers))
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        data = json.dumps(body).encode()
-        status, text = self._call(urllib.request.Request(self.url + path, data, self._headers))
+        status, text = self.post_raw(path, body)
         return status, json.loads(text) if text else None
+
+    def post_raw(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
+        return self._call(urllib.request.Request(self.url + path, json.dumps(body).encode(), self._headers))
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)

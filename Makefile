@@ -30,11 +30,11 @@ $(RUN):
 # The stamps make a second run free: nothing is asked of pip until pyproject.toml changes.
 $(VENV)/.ready: pyproject.toml | $(RUN)
 	@echo 'installing into $(VENV) (the first time this takes minutes: PyTorch is large) ...'
-	@[ -t 1 ] || quiet=--quiet; $(RUN) -m pip install $$quiet --editable .
+	@[ -t 1 ] || quiet=-qq; $(RUN) -m pip install $$quiet --editable .
 	@touch $@
 
 $(VENV)/.ready-test: pyproject.toml $(VENV)/.ready | $(RUN)
-	@[ -t 1 ] || quiet=--quiet; $(RUN) -m pip install $$quiet --editable '.[test]'
+	@[ -t 1 ] || quiet=-qq; $(RUN) -m pip install $$quiet --editable '.[test]'
 	@touch $@
 
 demo: $(VENV)/.ready

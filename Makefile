@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help:
 	@echo 'make setup     the environment alone, in $(VENV)'
 	@echo 'make demo      fetch a small model and serve it on 127.0.0.1:23333'
-	@echo 'make test      all tests'
+	@echo 'make test      fetch the same model if it can be had, run all tests'
 	@echo 'make check     linters, types, house tests'
 	@echo 'make coverage  line coverage of the pure wing, at least 95 %'
 	@echo 'make bench     the benchmarks that need no model'
@@ -42,6 +42,7 @@ demo: $(VENV)/.ready
 	@$(RUN) -m cli.demo --config config/demo.toml $(ARGS)
 
 test: $(VENV)/.ready-test
+	@$(RUN) -m cli.fetch smollm2 --to .models || echo 'tests of the real model will be skipped'
 	@$(RUN) -m pytest $(ARGS)
 
 check: $(VENV)/.ready-test

@@ -21,8 +21,6 @@ from engine.w4 import W4
 from engine.w8 import W8
 from formats.gguf import TYPES
 
-DENSE = ("F32", "F16", "BF16")
-
 
 def to_w4(raw: np.ndarray, kind: str) -> W4:
     """Exactly the same numbers, in groups of 32."""

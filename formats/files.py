@@ -13,7 +13,7 @@ from formats.errors import FormatError
 def map_file(path: Path, smallest: int) -> mmap.mmap:
     """A regular file of at least `smallest` (> 0) bytes, mapped read-only; FormatError otherwise."""
     try:
-        with open(path, "rb", opener=_open_regular) as file:
+        with open(path, "rb", opener=open_regular) as file:
             size = os.fstat(file.fileno()).st_size
             if size < smallest:
                 raise FormatError(path.name, "", f"{size} bytes are too short for a file of this kind")
@@ -22,7 +22,7 @@ def map_file(path: Path, smallest: int) -> mmap.mmap:
         raise FormatError(path.name, "", getattr(e, "strerror", None) or str(e)) from e
 
 
-def _open_regular(name: str, flags: int) -> int:
+def open_regular(name: str, flags: int) -> int:
     """Open without waiting for a writer (a FIFO would), and only a regular file."""
     fd = os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(fd).st_mode):

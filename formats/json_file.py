@@ -7,12 +7,11 @@ them. Standard library only.
 from __future__ import annotations
 
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
 from formats.errors import FormatError, printable
+from formats.files import open_regular
 
 MAX_BYTES = 8 << 20
 
@@ -20,13 +19,10 @@ MAX_BYTES = 8 << 20
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The object in `path`. Raises FormatError and nothing else."""
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise FormatError(path.name, "", "not a regular file")
+        with open(path, "rb", opener=open_regular) as file:
             data = file.read(max_bytes + 1)
-    except OSError as e:
-        raise FormatError(path.name, "", e.strerror or str(e)) from e
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+        raise FormatError(path.name, "", getattr(e, "strerror", None) or str(e)) from e
     if len(data) > max_bytes:
         raise FormatError(path.name, "", f"larger than {max_bytes} bytes")
     return parse_object(data, path.name)

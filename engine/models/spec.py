@@ -273,7 +273,11 @@ def _head_dim(keys: Keys, key: str, hidden: int, heads: int, default: int = 0) -
 
 
 def _checked(keys: Keys, spec: ModelSpec, heads_key: str) -> ModelSpec:
-    """What holds between keys."""
+    """What holds between keys. Yarn stretches what the model was trained for to `factor` times as many positions, whether or
+    not the file's own maximum says so already."""
+    if spec.rope.kind == "yarn":
+        stretched = int(spec.rope.original_max_position * spec.rope.factor)
+        spec = dataclasses.replace(spec, max_position=min(max(spec.max_position, stretched), MAX_POSITION))
     if spec.num_heads % spec.num_kv_heads:
         keys.fail(heads_key, f"{spec.num_heads} heads cannot share {spec.num_kv_heads} K/V heads evenly")
     return spec

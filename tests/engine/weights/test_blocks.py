@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from engine import w4, w8
-from engine.gguf_blocks import DENSE, W4_CONVERTERS, W8_TYPES, to_float32, to_w4, to_w8
+from engine.gguf_blocks import W4_CONVERTERS, W8_TYPES, to_float32, to_w4, to_w8
 from engine.w4 import W4
 from engine.w8 import W8
+from engine.weight_files import DENSE_TYPES
 from formats.gguf import TYPE_NAMES, TYPES
 from tests.fixtures.toy import random_blocks
 
-QUANTIZED = [kind for kind in TYPES if kind not in DENSE]
+QUANTIZED = [kind for kind in TYPES if kind not in DENSE_TYPES]
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 40).map(lambda k: 2 * k))
 
 

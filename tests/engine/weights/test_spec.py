@@ -116,6 +116,7 @@ def test_rope_in_its_three_spellings() -> None:
 def test_yarn_attention_factor_comes_from_the_mscale_keys() -> None:
     yarn = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
     assert spec_of(rope_scaling=yarn).rope.attention_factor == 0
+    assert spec_of(rope_scaling=yarn).max_position == 40 * 4096
     # DeepSeek-V2-Lite's keys; transformers 5.23 _compute_yarn_parameters gives 0.9210423553163399
     both = spec_of(rope_scaling=yarn | {"mscale": 0.707, "mscale_all_dim": 1.0}).rope
     assert both.attention_factor == pytest.approx(0.9210423553163399, rel=1e-12)
@@ -290,6 +291,7 @@ def test_gguf_scaling(tmp_path: Path) -> None:
     assert (old.rope.kind, old.rope.factor) == ("linear", 2.0)
     keys = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "llama.rope.scaling.original_context_length": 128}
     yarn = spec_from_gguf(with_metadata(file, **keys)).rope
+    assert spec_from_gguf(with_metadata(file, **keys)).max_position == 512  # 4 x 128 is what the file says too
     assert (yarn.kind, yarn.factor, yarn.original_max_position) == ("yarn", 4.0, 128)
     assert yarn.attention_factor == pytest.approx(1.1386294361119891)  # 0.1 ln 4 + 1
     assert (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +43,40 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         parser().parse_args(["--version"])
     assert caught.value.code == 0
     assert VERSION in capsys.readouterr().out
+
+
+def server(root: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "server.py", *arguments]
+    return subprocess.run(command, cwd=root, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_check_says_yes_with_exit_code_0(root: Path) -> None:
+    done = server(root, "--config", "config/demo.toml", "--check")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[engine]\ntpp = 1\n", "x.toml:engine.tpp: unknown key; did you mean engine.tp?"),
+        ("[engine]\ntp = " + "9" * 5000, "x.toml:engine.tp: the number has too many digits."),
+        ("[engine]\ntp = " + "[" * 5000, "x.toml: is nested too deeply; values here are at most a list of strings."),
+        ("[cache]\ncache_max_entry_count = nan", "x.toml:cache.cache_max_entry_count: must be a finite number, not nan."),
+    ],
+)
+def test_a_bad_file_is_exit_code_2_and_one_line(root: Path, tmp_path: Path, text: str, line: str) -> None:
+    (tmp_path / "x.toml").write_text(text)
+    for what in ("--check", "--print-effective", "--plan"):
+        done = server(root, "--config", str(tmp_path / "x.toml"), what)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.replace(f"{tmp_path}{os.sep}", "") == line + "\n"
+
+
+def test_the_effective_configuration_shows_origins_and_no_secret(root: Path) -> None:
+    done = server(root, "--config", "config/demo.toml", "--set", "engine.tp=2", "--print-effective", NUMBATCH_API_KEYS="hunter2")
+    assert done.returncode == 0
+    lines = {line.split(" = ")[0]: line for line in done.stdout.splitlines() if " = " in line}
+    assert lines["tp"].endswith("# --set")
+    assert lines["server_port"].endswith("# file config/demo.toml")
+    assert lines["api_keys"].endswith("# environment NUMBATCH_API_KEYS")
+    assert "hunter2" not in done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """Which tokenizer a path means. `load_tokenizer` is the door of this room; the formats live in their own files.
 
     directory         tokenizer.json, else tokenizer.model, else *.tiktoken, else *.model, else the one *.gguf in it
+    *.bin, *.safetensors   the directory that such a weight file lies in
     *.json            Hugging Face tokenizers            byte_level.py
     *.model           sentencepiece                      sentencepiece_model.py
     *.tiktoken        Qwen-1                             byte_level.py
@@ -21,6 +22,7 @@ from text.hub_files import read_hub_settings
 
 __all__ = ["ByteTokenizer", "Tokenizer", "load_tokenizer"]
 
+WEIGHT_FILES = (".bin", ".safetensors")
 PREFERRED = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "*.model", "*.gguf")
 
 
@@ -47,6 +49,8 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def _tokenizer_file(path: Path) -> Path:
+    if path.suffix.lower() in WEIGHT_FILES and path.is_file():
+        path = path.parent
     if path.is_dir():
         for pattern in PREFERRED:
             found = sorted(path.glob(pattern))

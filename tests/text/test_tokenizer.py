@@ -166,7 +166,8 @@ def test_odd_sentencepiece_vocabularies_load(gguf: Write) -> None:
         ("qwen.tiktoken", b"IQ== 0\nIQ== 1\n", "line 2"),
         ("qwen.tiktoken", b"", "no tokens"),
         ("x.gguf", b"GGUF", "x.gguf"),
-        ("x.bin", b"", "not a tokenizer file"),
+        ("x.bin", b"", "holds no tokenizer"),
+        ("x.txt", b"", "not a tokenizer file"),
     ],
 )
 def test_broken_files_are_refused(tmp_path: Path, name: str, content: bytes, named: str) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from formats.gguf import read_gguf
+from text.gguf_vocabulary import read_vocabulary
 from text.tokenizer import Tokenizer, load_tokenizer
 
 Load = Callable[[str], Tokenizer]
@@ -142,6 +144,7 @@ def test_stories260k(assets: Path) -> None:
     ids = tokenizer.encode("Once upon a time", add_special=True)
     assert ids == [1, 403, 407, 261, 378]
     assert tokenizer.decode(ids) == "Once upon a time"
+    assert load_tokenizer(assets / "models" / "stories260K" / "stories260K.bin").encode("Once upon a time") == ids[1:]
 
 
 def test_qwen1_control_tokens_follow_the_ranks(load: Load) -> None:
@@ -149,3 +152,27 @@ def test_qwen1_control_tokens_follow_the_ranks(load: Load) -> None:
     ids = tokenizer.encode("<|im_start|>user<|im_end|><|extra_204|>", parse_special=True)
     assert ids == [151644, 872, 151645, 151850]
     assert tokenizer.vocab_size == 151851
+
+
+def test_llama2_as_tokenizer_json(assets: Path, tmp_path: Path) -> None:
+    """The form in which Hugging Face ships Llama 2: sentencepiece's merges spelled out, bytes and spaces in the pipeline."""
+    vocabulary = read_vocabulary(read_gguf(assets / "tokenizers" / "vectors" / "ggml-vocab-llama-spm.gguf"))
+    vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
+    splits = [(token[:n], token[n:], i) for token, i in vocab.items() if i > 258 for n in range(1, len(token))]
+    merges = sorted(((a, b, i) for a, b, i in splits if a in vocab and b in vocab), key=lambda m: -vocabulary.scores[m[2]])
+    model = tokenizers.models.BPE(vocab=vocab, merges=[(a, b) for a, b, _ in merges], byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    library = tokenizers.Tokenizer(model)
+    normal, parts = tokenizers.normalizers, tokenizers.decoders
+    library.normalizer = normal.Sequence([normal.Prepend("\u2581"), normal.Replace(" ", "\u2581")])
+    library.decoder = parts.Sequence([parts.Replace("\u2581", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)])
+    library.add_special_tokens(["<unk>", "<s>", "</s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": true}'
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    for text, ids in vectors(assets, "llama-spm"):
+        assert tokenizer.encode(text, add_special=True) == [1, *ids]
+        assert tokenizer.decode([1, *ids]) == text
+    assert tokenizer.encode("a</s>b", parse_special=True) == library.encode("a</s>b").ids
+    assert tokenizer.special_ids.isdisjoint(tokenizer.encode("a</s>b"))

@@ -33,6 +33,23 @@ def main(argv: list[str] | None = None) -> int:
     return run(loaded)
 
 
+def plan(loaded: LoadedConfig) -> int:
+    """Print the memory plan; 4 (as when there is too little memory at start) where the model does not fit."""
+    from api.lifecycle import EXIT_DEVICE, EXIT_INTERNAL, EXIT_OK, exit_code
+    from api.loading import memory_plan
+
+    try:
+        found = memory_plan(loaded.config)
+    except Exception as error:
+        code = exit_code(error)
+        if code == EXIT_INTERNAL:
+            raise
+        print(error, file=sys.stderr)
+        return code
+    print(found.table())
+    return EXIT_DEVICE if found.shortfall else EXIT_OK
+
+
 def run(loaded: LoadedConfig) -> int:
     """Serve until a signal or the engine's death; returns the exit code."""
     import asyncio

@@ -36,6 +36,7 @@ T = TypeVar("T")
 log = logging.getLogger("numbatch.server")
 
 EXIT_OK, EXIT_CONFIG, EXIT_MODEL, EXIT_DEVICE, EXIT_DIED, EXIT_INTERNAL = 0, 2, 3, 4, 5, 70
+DEATH_NOTICE_S = 1.0  # how long health checks can see 503 before the port closes
 LAST_WORDS_S = 2.0  # for handlers to send their error events
 STOP_S = 5.0  # for the engine to end its threads or processes
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -145,7 +146,7 @@ class Server:
 
     async def _died(self, error: EngineDead) -> int:
         log.critical("%s Streams get an error event; the process ends with code %d.", error, error.exit_code, exc_info=_cause(error))
-        await self._until_quiet(LAST_WORDS_S)
+        await asyncio.gather(asyncio.sleep(DEATH_NOTICE_S), self._until_quiet(LAST_WORDS_S))
         return error.exit_code
 
     async def _drain(self, dead: asyncio.Task[EngineDead]) -> int:

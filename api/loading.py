@@ -11,6 +11,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from config.schema import Config
 from engine.build import build_engine, resolve_spec
@@ -19,6 +20,9 @@ from engine.loop import Engine
 from text.chat import ChatTemplate, load_chat_template
 from text.errors import NoChatTemplate
 from text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from engine.plan import MemoryPlan
 
 log = logging.getLogger("numbatch.load")
 
@@ -76,6 +80,15 @@ def load(config: Config) -> Loaded:
             f"{spec.vocab_size - 1}; they do not belong together."
         )
     return Loaded(engine, tokenizer, _template(config, tokenizer, engine.session_len))
+
+
+def memory_plan(config: Config) -> MemoryPlan:
+    """What `--plan` prints: read from headers, nothing allocated. For a hub name the files are fetched first."""
+    from engine.plan import plan_memory  # here: they bring numba, which the serving process does without
+    from engine.runner import free_bytes
+
+    config = with_local_files(config)
+    return plan_memory(config, resolve_spec(config), config.model.path, free_bytes())
 
 
 def _tokenizer(config: Config) -> Tokenizer:

@@ -76,7 +76,7 @@ def _paths(service: Service) -> Schema:
 def _post(summary: str, body: Schema, answer: Schema, streams: bool = False) -> Schema:
     good: Schema = {"description": "The answer.", "content": {"application/json": {"schema": answer}}}
     if streams:
-        good["content"]["text/event-stream"] = {"schema": STRING}
+        good["content"]["text/event-stream"] = {}  # chunks as OpenAI sends them; a schema would be of one event
     content = {"application/json": {"schema": body}}
     return {"summary": summary, "requestBody": {"required": True, "content": content}, "responses": {"200": good, **_errors()}}
 

@@ -70,6 +70,8 @@ def _property(field: Field) -> Schema:
 
 
 def _nullable(schema: Schema) -> Schema:
+    if schema.get("type") == "null":
+        return schema
     if "anyOf" in schema:
         return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
     if "enum" in schema:

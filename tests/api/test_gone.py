@@ -45,7 +45,9 @@ def reset(raw: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("leave", [socket.socket.close, reset, lambda raw: raw.shutdown(socket.SHUT_WR)], ids=["close", "reset", "half-close"])
+@pytest.mark.parametrize(
+    "leave", [socket.socket.close, reset, lambda raw: raw.shutdown(socket.SHUT_WR)], ids=["close", "reset", "half-close"]
+)
 def test_a_client_that_leaves_ends_its_sequence_within_a_step(server: Running, stream: bool, leave: Any) -> None:
     raw = server.connect()
     raw.sendall(request(1, stream=stream, max_tokens=8000, n=2))
@@ -87,7 +89,9 @@ def test_a_reader_that_stalls_is_cut_off_and_its_neighbour_is_not(server: Runnin
     lazy = server.connect(receive_buffer=4096)
     lazy.sendall(request(1, max_tokens=8000, logprobs=20))
     neighbour: list[bytes] = []
-    thread = threading.Thread(target=lambda: neighbour.append(server.request("POST", TEXT, {"prompt": "x", "stream": True, "max_tokens": 300})[2]))
+    thread = threading.Thread(
+        target=lambda: neighbour.append(server.request("POST", TEXT, {"prompt": "x", "stream": True, "max_tokens": 300})[2])
+    )
     thread.start()
     until(lambda: server.listener.gate.num_stalled == stalled_before + 1, 10, "the stalled reader was not cut off")
     thread.join(20)

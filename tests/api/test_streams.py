@@ -207,7 +207,9 @@ def test_echo(server: Running) -> None:
 
 
 def test_logprobs_cover_the_text(server: Running) -> None:
-    answer = server.post(TEXT, {"prompt": "hi", "seed": 1, "max_tokens": 9, "logprobs": 2, "ignore_eos": True, "skip_special_tokens": False})[1]["choices"][0]
+    answer = server.post(
+        TEXT, {"prompt": "hi", "seed": 1, "max_tokens": 9, "logprobs": 2, "ignore_eos": True, "skip_special_tokens": False}
+    )[1]["choices"][0]
     notes = answer["logprobs"]
     assert "".join(notes["tokens"]) == answer["text"]
     assert notes["text_offset"] == list(itertools.accumulate((len(t) for t in notes["tokens"][:-1]), initial=0))

@@ -17,9 +17,11 @@ from engine.batch import Slots
 from engine.cache.layout import KVLayout
 from engine.errors import DeviceError
 from engine.load_backend import computing_dtype, load_backend, resolve_device
+from engine.memory import free_bytes
 from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec
 from engine.parallel import Ranks
+from engine.plan import kv_blocks
 from engine.sampler import Sampler
 from engine.sequence import SamplingParams
 from engine.step import Admit, StepPlan, StepResult
@@ -40,7 +42,7 @@ class Runner:
         checkpoint.finish()
         cache = config.cache
         layout = KVLayout(spec.num_layers, self._decoder.shard.num_kv_heads, spec.head_dim, cache.cache_block_seq_len, dtype)
-        self.num_blocks = ranks.smallest(num_kv_blocks(config, layout, session_len, free_bytes()))
+        self.num_blocks = ranks.smallest(self._affordable_blocks(config, layout, session_len))
         self._kv = self._backend.make_kv(layout, self.num_blocks)
         max_batch_size = config.engine.max_batch_size
         self._slots = Slots(max_batch_size, session_len, cache.cache_block_seq_len)
@@ -79,6 +81,17 @@ class Runner:
             if sampled:
                 self._slots.ids[slot, start + count] = max(next(position), 0)
 
+    def _affordable_blocks(self, config: Config, layout: KVLayout, session_len: int) -> int:
+        """KV blocks for this rank's part of what is free now that the weights are loaded."""
+        free = free_bytes() // self._ranks.size
+        blocks = kv_blocks(config, layout, session_len, free)
+        if blocks < 1 or (config.cache.num_blocks and blocks * layout.block_bytes > free):
+            raise DeviceError(
+                f"A KV block is {layout.block_bytes / 2**20:.3f} MiB and {free / 2**20:.1f} MiB are free: no room for "
+                f"{max(blocks, 1)}; raise cache.cache_max_entry_count, lower cache.num_blocks, or see --plan."
+            )
+        return blocks
+
     def _warm_up(self, max_batch_size: int, max_step_tokens: int) -> None:
         """Run a prompt part and a decode step of each kind, so that no request waits for a compiler."""
         tokens = max(1, min(32, max_step_tokens, self._slots.ids.shape[1] - 4, self.num_blocks * self._slots.block_seq_len - 4))
@@ -87,34 +100,3 @@ class Runner:
         self.step(StepPlan(0, admits=(admit,), slots=(0,), starts=(0,), counts=(tokens,), samples=(1,)))
         self.step(StepPlan(1, slots=(0,), starts=(tokens,), counts=(1,), samples=(1,)))
         self.step(StepPlan(2, releases=(0,)))
-
-
-def free_bytes() -> int:
-    """Memory that can be had without swapping, bytes (Linux: MemAvailable, and the cgroup's limit where there is one)."""
-    available = None
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    if available is None:
-        raise DeviceError("/proc/meminfo names no MemAvailable; set cache.num_blocks.")
-    return available
-
-
-def num_kv_blocks(config: Config, layout: KVLayout, session_len: int, free: int) -> int:
-    """KV blocks of the pool: cache.num_blocks, or what cache_max_entry_count of the free memory holds."""
-    cache = config.cache
-    if cache.num_blocks:
-        return cache.num_blocks
-    budget = int(free * cache.cache_max_entry_count)
-    if cache.cache_max_bytes:
-        budget = min(budget, cache.cache_max_bytes)
-    blocks = budget // layout.block_bytes
-    # a tiny model could have millions of blocks: four times what all slots can fill is plenty for the prefix cache
-    blocks = min(blocks, 4 * config.engine.max_batch_size * -(-(session_len + 1) // layout.block_seq_len))
-    if blocks < 1:
-        raise DeviceError(
-            f"The KV pool has room for 0 blocks: one block is {layout.block_bytes / 2**20:.1f} MiB and the budget is "
-            f"{budget / 2**20:.1f} MiB; raise cache.cache_max_entry_count or lower cache.cache_block_seq_len."
-        )
-    return blocks

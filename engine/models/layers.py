@@ -13,58 +13,10 @@ import torch
 
 from engine import w4, w8
 from engine.backend import Array, Backend, Weight
-from engine.errors import ConfigError
+from engine.models.shard import make_shard
 from engine.models.spec import ModelSpec
 from engine.parallel import Ranks
 from engine.weights import Checkpoint
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """This rank's part of the model's dimensions."""
-
-    heads: slice
-    kv_heads: slice
-    intermediate: slice
-    vocab: slice  # padded up to a multiple of the ranks: the last shard may be short
-
-    @property
-    def num_heads(self) -> int:
-        return self.heads.stop - self.heads.start
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.kv_heads.stop - self.kv_heads.start
-
-
-def make_shard(spec: ModelSpec, rank: int, size: int) -> Shard:
-    """Whole KV heads with their query heads where there are enough (shares may differ by one), else one KV head held by
-    several ranks. Raises ConfigError where the model cannot be cut into `size` parts."""
-    if spec.num_kv_heads >= size:
-        kv_heads = _share(spec.num_kv_heads, rank, size)
-        group = spec.num_heads // spec.num_kv_heads
-        heads = slice(kv_heads.start * group, kv_heads.stop * group)
-    elif size % spec.num_kv_heads or spec.num_heads % size:
-        raise ConfigError(f"engine.tp = {size} does not fit {spec.num_heads} heads over {spec.num_kv_heads} KV heads; use fewer ranks.")
-    else:
-        heads = _share(spec.num_heads, rank, size)
-        kv_head = rank * spec.num_kv_heads // size
-        kv_heads = slice(kv_head, kv_head + 1)
-    # cut between quantization groups where the dimension allows it
-    unit = next(u for u in (128, 64, 32, 1) if spec.intermediate_size % u == 0 and spec.intermediate_size // u >= size)
-    intermediate = _share(spec.intermediate_size // unit, rank, size)
-    vocab_each = -(-spec.vocab_size // size)
-    return Shard(
-        heads=heads,
-        kv_heads=kv_heads,
-        intermediate=slice(intermediate.start * unit, intermediate.stop * unit),
-        vocab=slice(min(rank * vocab_each, spec.vocab_size), min((rank + 1) * vocab_each, spec.vocab_size)),
-    )
-
-
-def _share(count: int, rank: int, size: int) -> slice:
-    """Rank's part of `count` things, in order; parts differ by at most one."""
-    return slice(rank * count // size, (rank + 1) * count // size)
 
 
 def _channels(heads: slice, head_dim: int) -> slice:

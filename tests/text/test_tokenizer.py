@@ -26,7 +26,7 @@ with_controls = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(text=anything | with_controls)
 def test_round_trip_without_any_control_id(tiny: Tokenizer, text: str) -> None:
     ids = tiny.encode(text)
@@ -35,7 +35,7 @@ def test_round_trip_without_any_control_id(tiny: Tokenizer, text: str) -> None:
     assert all(0 <= i < tiny.vocab_size for i in ids)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(text=with_controls)
 def test_parse_special_finds_each_spelling_once(tiny: Tokenizer, text: str) -> None:
     ids = tiny.encode(text, parse_special=True)

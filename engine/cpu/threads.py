@@ -225,4 +225,4 @@ def _end(block: np.ndarray, workers: list[threading.Thread]) -> None:
 
 @njit("void(int64)", nogil=True, cache=True)
 def stop_workers(ctrl: int) -> None:
-    post_job(ctrl, STOP)
+    post_job(ctrl, STOP + 1)  # the low word must change too: it is what a sleeper compares

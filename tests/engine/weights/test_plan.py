@@ -150,3 +150,20 @@ def test_a_mock_has_no_memory_to_plan(tmp_path: Path) -> None:
     config = Config(engine=Engine(device="mock"))
     with pytest.raises(ConfigError, match="mock"):
         plan_memory(config, resolve_spec(config), tmp_path, GIB)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("types", ["Q4_1", "Q4_K", "Q8_0", "Q6_K", {"q": "Q4_K", "k": "Q4_K", "v": "Q6_K", "gate": "Q4_1", "up": "Q4_1"}])
+def test_the_plan_is_what_the_backend_holds(tmp_path: Path, dtype: str, types: str | dict[str, str]) -> None:
+    from engine.cpu.backend import CpuBackend
+    from engine.models.decoder import Decoder
+    from engine.parallel import Ranks
+
+    path = toy_gguf(tmp_path / "x.gguf", "qwen2", types=types, hidden=256, layers=2, vocab_size=272)  # no padding to 16 x 32
+    spec = load_spec(path)
+    decoder = Decoder(spec, open_checkpoint(path, spec), CpuBackend(spec, dtype, 1), Ranks(), session_len=64, exact=dtype == "float32")
+    linears = [decoder.head.weight, decoder.embedding]
+    linears += [part.weight for layer in decoder.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    parts = memory_parts(path, spec, dtype=dtype)
+    del parts["norms and biases"]
+    assert sum(linear.packed.data.nbytes for linear in linears) == sum(parts.values())

@@ -78,6 +78,12 @@ def test_every_glossary_word_of_the_engine_is_explained() -> None:
     assert not missing
 
 
+def test_every_file_of_the_engine_is_on_the_map() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    inside = [name.removeprefix("engine/") for name in program() if name.startswith("engine/") and not name.endswith("__init__.py")]
+    assert not [name for name in inside if not name.startswith(("cpu/", "cuda/")) and f"`{name}`" not in page]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_in_the_pages_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")

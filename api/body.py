@@ -17,21 +17,27 @@ from api.errors import ApiError, bad
 from config.schema import Http
 
 CLOSE = {"Connection": "close"}
-EXACT_BYTES = 1 << 16  # bodies up to this size are searched for duplicate keys at every level
+EXACT_BYTES = 1 << 16  # larger bodies are searched for duplicate keys only where a key at the top occurs twice
+MAX_CONTAINERS = 50_000
+MAX_COMMAS = 1_000_000  # more token ids than fit into 8 MiB
 MAX_GAPS = 20  # a body may take this many times http.body_gap_timeout_s in all
 
 
-async def read_object(request: web.Request, limits: Http) -> dict[str, Any]:
-    """The body as a JSON object."""
+async def read_object(request: web.Request, limits: Http, session_len: int) -> dict[str, Any]:
+    """The body as a JSON object. `session_len` bounds how much structure a sensible request can have."""
     _check_headers(request, limits)
     body = await _read(request, limits)
+    _check_structure(body, session_len)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise bad(None, f"The body is not valid JSON: {error.msg} at byte {error.pos}.", "invalid_json") from None
     if type(value) is not dict:
         raise bad(None, "The body must be a JSON object.", "invalid_json")
-    _refuse_duplicates(body, value)
+    if len(body) <= EXACT_BYTES:
+        _refuse_duplicates(body)
+    elif any(body.count(b'"%b"' % key.encode()) > 1 for key in value if len(key) < 64):
+        await asyncio.to_thread(_refuse_duplicates, body)
     return value
 
 
@@ -76,10 +82,14 @@ def _too_large(limits: Http) -> ApiError:
     return ApiError(413, message, code="body_too_large", headers=CLOSE)
 
 
-def _refuse_duplicates(body: bytes, value: dict[str, Any]) -> None:
+def _check_structure(body: bytes, session_len: int) -> None:
+    """Parsing holds the event loop: 8 MB of `[]` take a second, 8 MB of text 10 ms. Counted in text as well, generously."""
+    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS + session_len // 2 or body.count(b",") > MAX_COMMAS:
+        raise bad(None, "The body has too many arrays, objects or values.", "invalid_json")
+
+
+def _refuse_duplicates(body: bytes) -> None:
     """A key given twice would silently lose one of its values."""
-    if len(body) > EXACT_BYTES and not any(body.count(b'"%b"' % key.encode()) > 1 for key in value if len(key) < 64):
-        return
     try:
         json.loads(body, object_pairs_hook=_pairs, parse_int=str, parse_float=str)
     except RecursionError:

@@ -61,7 +61,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
     service = request.app[SERVICE]
     served, started_s = service.served(), time.monotonic()
-    body = await read_object(request, service.config.http)
+    body = await read_object(request, service.config.http, served.session_len)
     values = parse_object(service.tables(chat_fields), body)
     wanted = read(_one_limit(values), _logprobs(values))
     prompt = await render_messages(service, served, values["messages"], values["chat_template_kwargs"])

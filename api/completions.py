@@ -40,7 +40,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions"""
     service = request.app[SERVICE]
     served, started_s = service.served(), time.monotonic()
-    body = await read_object(request, service.config.http)
+    body = await read_object(request, service.config.http, served.session_len)
     values = parse_object(service.tables(completion_fields), body)
     _check_together(values, service)
     wanted = read(values, -1 if values["logprobs"] is None else values["logprobs"])

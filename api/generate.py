@@ -190,9 +190,15 @@ class Answer:
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """Batches of deltas, each not empty, until every choice has finished. Raises `ApiError`; always closes."""
         try:
-            batches = self._one(self.choices[0]) if len(self.choices) == 1 else self._merged()
-            async with aclosing(batches):
-                async for batch in batches:
+            if len(self.choices) > 1:
+                async with aclosing(self._merged()) as batches:
+                    async for batch in batches:
+                        yield batch
+                return
+            choice = self.choices[0]
+            arrived = choice.generation.next
+            while not choice.done:
+                if batch := self._feed(choice, await arrived()):
                     yield batch
         except EngineError as error:
             self._mark_failed()
@@ -205,13 +211,6 @@ class Answer:
             if not choice.done:
                 choice.done = True
                 choice.generation.abort()
-
-    async def _one(self, choice: Choice) -> AsyncGenerator[list[Delta], None]:
-        generation = choice.generation
-        while not choice.done:
-            events = await generation.next()
-            if batch := self._feed(choice, events):
-                yield batch
 
     async def _merged(self) -> AsyncGenerator[list[Delta], None]:
         """Several sequences, one consumer: a pump a sequence fills the inbox."""

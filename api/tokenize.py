@@ -42,7 +42,7 @@ async def tokenize(request: web.Request) -> web.Response:
     """POST /tokenize"""
     service = request.app[SERVICE]
     served = service.served()
-    body = await read_object(request, service.config.http)
+    body = await read_object(request, service.config.http, served.session_len)
     values = parse_object(service.tables(tokenize_fields), body)
     prompt, messages = values["prompt"], values["messages"]
     if (prompt is None) == (messages is None):
@@ -61,7 +61,7 @@ async def detokenize(request: web.Request) -> web.Response:
     """POST /detokenize"""
     service = request.app[SERVICE]
     served = service.served()
-    body = await read_object(request, service.config.http)
+    body = await read_object(request, service.config.http, served.session_len)
     values = parse_object(service.tables(detokenize_fields), body)
     tokens = values["tokens"]
     text = await service.in_thread(lambda: served.tokenizer.decode(tokens, skip_special=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -346,6 +347,28 @@ def test_giant_prompts_are_refused_quickly(server: Running, unit: str) -> None:
         status, answer = server.post(path, body)
         assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
         assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("unit", [b"[],", b"1,", b'{"a":1},', b'"a",', b"[[["])
+def test_bodies_of_nothing_but_structure_do_not_stop_the_loop(server: Running, unit: bytes) -> None:
+    body = b'{"prompt": [' + unit * (8_000_000 // len(unit)) + b"1]}"
+    start = time.monotonic()
+    status, _, data = server.request("POST", TEXT, body)
+    assert status == 400 and time.monotonic() - start < 2, data
+
+
+def test_health_answers_while_giant_prompts_come_in(server: Running) -> None:
+    """Case A9: 50 at once; the event loop is never held for long."""
+    bodies = [json.dumps({"prompt": unit * (1_000_000 // len(unit.encode()))}).encode() for unit in ("a", " ", "\n", "😀", "QUJD")]
+    waits: list[float] = []
+    with ThreadPoolExecutor(50) as pool:
+        giants = [pool.submit(server.request, "POST", TEXT, bodies[i % 5]) for i in range(50)]
+        while not all(giant.done() for giant in giants):
+            start = time.monotonic()
+            assert server.request("GET", "/health/live")[0] == 200
+            waits.append(time.monotonic() - start)
+    assert all(giant.result()[0] == 400 for giant in giants)
+    assert max(waits) < 2.0  # of which most is this process's own: 51 clients share it with the server
 
 
 def test_prompt_and_answer_share_the_context(server: Running) -> None:

@@ -36,6 +36,7 @@ BATCHES = (1, 8, 16)
 CLIENTS, TOKENS_IN, TOKENS_OUT = 8, 128, 128
 VOCAB = 32000
 STEP_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 30.0
 CELLS = ("prompt_512", *(f"decode_{n}" for n in BATCHES), f"http_{CLIENTS}")
 
 
@@ -61,12 +62,13 @@ def serving_llamacpp(model: str, threads: int, flash: str) -> Iterator[str]:
     process = python(
         "-m", "bench.llamacpp", model, "--threads", str(threads), "--serve", str(CLIENTS), "--flash", flash, stdin=subprocess.PIPE
     )
-    assert process.stdin is not None and process.stdout is not None
     try:
-        yield json.loads(process.stdout.readline() or "{}").get("url", "")
+        line = process.stdout.readline() if process.stdout else ""
+        if not line:
+            raise RuntimeError("llama-server did not start")
+        yield json.loads(line)["url"]
     finally:
-        process.stdin.close()
-        _end(process)
+        _end(process)  # closes its standard input, at which it ends
 
 
 @contextlib.contextmanager
@@ -87,11 +89,8 @@ def serving_numbatch(model: str, threads: int, sets: list[str]) -> Iterator[str]
 
 def _end(process: subprocess.Popen[str]) -> None:
     try:
-        process.communicate(timeout=30)
-    except (subprocess.TimeoutExpired, ValueError):  # ValueError: its stdin is closed already
-        if process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
+        process.communicate(timeout=STOP_TIMEOUT_S)
+    finally:
         process.kill()
         process.wait()
 
@@ -153,11 +152,11 @@ def requantize(source: Path, target: Path) -> None:
             value = gguf.LlamaFileType.MOSTLY_Q4_0.value if field.name == "general.file_type" else field.contents()
             writer.add_key_value(field.name, value, kind, sub_type=sub_type)
     for tensor in reader.tensors:
-        data, kind = tensor.data, tensor.tensor_type
-        if kind == gguf.GGMLQuantizationType.Q4_1:
-            kind = gguf.GGMLQuantizationType.Q4_0
-            data = gguf.quants.quantize(gguf.quants.dequantize(data, tensor.tensor_type), kind)
-        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+        data, dtype = tensor.data, tensor.tensor_type
+        if dtype == gguf.GGMLQuantizationType.Q4_1:
+            data = gguf.quants.quantize(gguf.quants.dequantize(data, dtype), gguf.GGMLQuantizationType.Q4_0)
+            dtype = gguf.GGMLQuantizationType.Q4_0
+        writer.add_tensor(tensor.name, data, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -208,6 +207,11 @@ def _ratios(medians: dict[str, dict[str, float]], peer: str) -> dict[str, float]
     return {cell: medians["numbatch"][cell] / medians[peer][cell] for cell in CELLS}
 
 
+def _leave(number: int, _: object) -> None:
+    """A SIGTERM unwinds, so that the server that is being measured ends too."""
+    raise SystemExit(128 + number)
+
+
 def _short(cells: dict[str, float]) -> str:
     return " ".join(f"{value:.0f}" for value in cells.values())
 
@@ -251,4 +255,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _leave)
     sys.exit(main())

@@ -30,7 +30,7 @@ SLOT_TOKENS = 512  # context of one slot
 
 def start(model: str, threads: int, slots: int, flash: bool, slot_tokens: int = SLOT_TOKENS) -> Any:
     """A llama.cpp server in this process (it listens on 127.0.0.1 and also answers direct calls)."""
-    import xllamacpp as x
+    import xllamacpp as x  # type: ignore[import-untyped]
 
     params = x.CommonParams()
     params.model.path = model

@@ -84,8 +84,8 @@ def load(config: Config) -> Loaded:
 
 def memory_plan(config: Config) -> MemoryPlan:
     """What `--plan` prints: read from headers, nothing allocated. For a hub name the files are fetched first."""
+    from engine.memory import free_bytes
     from engine.plan import plan_memory  # here: they bring numba, which the serving process does without
-    from engine.runner import free_bytes
 
     config = with_local_files(config)
     return plan_memory(config, resolve_spec(config), config.model.path, free_bytes())

@@ -38,11 +38,13 @@ def resolve_spec(config: Config) -> ModelSpec:
 
 
 def session_len(config: Config, spec: ModelSpec) -> int:
-    """Most tokens of one sequence: what the config asks for, at most what the model was made for (or scaled to)."""
-    limit = spec.max_position
-    if spec.rope.kind == "dynamic" or config.engine.rope_scaling_factor >= 1:
-        limit = int(limit * max(spec.rope.factor, 1.0))
-    wanted = config.engine.session_len or limit
+    """Most tokens of one sequence: what the config asks for, else the trained length.
+
+    Dynamic NTK can go `factor` times further, but is evaluated once for this length and bends short prompts too, so it
+    is used only by who asks for it.
+    """
+    limit = int(spec.max_position * max(spec.rope.factor, 1.0)) if spec.rope.kind == "dynamic" else spec.max_position
+    wanted = config.engine.session_len or spec.max_position
     if wanted > limit:
         raise ConfigError(
             f"engine.session_len is {wanted}, but the model was made for {limit} tokens; lower it or set engine.rope_scaling_factor."

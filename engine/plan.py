@@ -15,6 +15,7 @@ from engine.build import session_len
 from engine.cache.layout import ELEMENT_BYTES, KVLayout
 from engine.errors import ConfigError
 from engine.load_backend import computing_dtype, resolve_device
+from engine.models.shard import make_shard
 from engine.models.spec import ModelSpec
 from engine.weight_files import Stored, take_stock
 
@@ -29,7 +30,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The largest rank's part of the dimensions that are cut, as engine/models/layers.py cuts them."""
+    """The largest rank's part of the dimensions that are cut."""
 
     heads: int
     kv_heads: int
@@ -39,15 +40,13 @@ class Share:
 
 def largest_share(spec: ModelSpec, tp: int) -> Share:
     """ConfigError where the model cannot be cut into `tp` parts."""
-    vocab = -(-spec.vocab_size // tp)
-    unit = next(u for u in (128, 64, 32, 1) if spec.intermediate_size % u == 0 and spec.intermediate_size // u >= tp or u == 1)
-    intermediate = -(-(spec.intermediate_size // unit) // tp) * unit
-    if spec.num_kv_heads >= tp:
-        kv_heads = -(-spec.num_kv_heads // tp)
-        return Share(kv_heads * (spec.num_heads // spec.num_kv_heads), kv_heads, intermediate, vocab)
-    if tp % spec.num_kv_heads or spec.num_heads % tp:
-        raise ConfigError(f"engine.tp = {tp} does not fit {spec.num_heads} heads over {spec.num_kv_heads} KV heads; use fewer ranks.")
-    return Share(spec.num_heads // tp, 1, intermediate, vocab)
+    shards = [make_shard(spec, rank, tp) for rank in range(tp)]
+    return Share(
+        heads=max(s.num_heads for s in shards),
+        kv_heads=max(s.num_kv_heads for s in shards),
+        intermediate=max(s.intermediate.stop - s.intermediate.start for s in shards),
+        vocab=max(s.vocab.stop - s.vocab.start for s in shards),
+    )
 
 
 def memory_parts(path: Path | str, spec: ModelSpec, *, dtype: str, tp: int = 1) -> dict[str, int]:

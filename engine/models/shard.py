@@ -40,7 +40,7 @@ def make_shard(spec: ModelSpec, rank: int, size: int) -> Shard:
         kv_head = rank * spec.num_kv_heads // size
         kv_heads = slice(kv_head, kv_head + 1)
     # cut between quantization groups where the dimension allows it
-    unit = next(u for u in (128, 64, 32, 1) if spec.intermediate_size % u == 0 and spec.intermediate_size // u >= size)
+    unit = next((u for u in (128, 64, 32) if spec.intermediate_size % u == 0 and spec.intermediate_size // u >= size), 1)
     intermediate = _share(spec.intermediate_size // unit, rank, size)
     vocab_each = -(-spec.vocab_size // size)
     return Shard(

@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.e2e.support import Server
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,negative_data_rejection"
-NUM_OPERATIONS = 13
+NUM_OPERATIONS = 12
 
 
 def fuzz(server: Server, examples: int, seed: int, checks: str = CHECKS) -> tuple[int, int, str]:

@@ -55,7 +55,7 @@ def assert_no_orphans(pids: list[int]) -> None:
     assert [pid for pid in pids if is_alive(pid)] == []
 
 
-@pytest.mark.parametrize("model, tp, victim", [("mock", 1, 0), ("mock", 2, 0), ("mock", 2, 1), ("toy", 1, 0), ("toy", 2, 1)])
+@pytest.mark.parametrize("model, tp, victim", [("mock", 1, 0), ("mock", 2, 1), ("toy", 2, 0)])
 def test_kill_of_a_rank(model: str, tp: int, victim: int, toy: Path) -> None:
     with Server(*knobs_of(model, tp, toy)) as server:
         server.ready()
@@ -88,8 +88,8 @@ def watch_live(server: Server, seen: list[int]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_a_frozen_rank_is_noticed_by_the_watchdog(tp: int, toy: Path) -> None:
+def test_a_frozen_rank_is_noticed_by_the_watchdog(toy: Path) -> None:
+    tp = 2
     with Server(*knobs_of("mock", tp, toy), "engine.step_timeout_s=1.0") as server:
         server.ready()
         processes = descendants(server.process.pid)
@@ -101,7 +101,7 @@ def test_a_frozen_rank_is_noticed_by_the_watchdog(tp: int, toy: Path) -> None:
         assert_no_orphans(processes)
 
 
-@pytest.mark.parametrize("model, tp", [("mock thread", 1), ("mock", 2), ("toy", 2)])
+@pytest.mark.parametrize("model, tp", [("mock thread", 1), ("toy", 2)])
 def test_sigterm_lets_streams_finish(model: str, tp: int, toy: Path) -> None:
     knobs = ("engine.mock_step_s=0.02",) if model == "mock thread" else knobs_of(model, tp, toy)
     with Server(*knobs) as server:
@@ -116,49 +116,8 @@ def test_sigterm_lets_streams_finish(model: str, tp: int, toy: Path) -> None:
         assert_no_orphans(processes)
 
 
-def test_while_draining_readiness_is_red_and_new_requests_are_refused() -> None:
-    with Server("engine.mock_step_s=0.02", "shutdown.drain_delay_s=1.5") as server:
-        server.ready()
-        answers: list[Any] = []
-
-        def strike() -> None:
-            server.signal(signal.SIGTERM)
-            time.sleep(0.2)
-            answers.extend([server.get("/health")[0], server.get("/health/live")[0], server.post("/v1/completions", {"prompt": "x"})])
-
-        events, _ = asyncio.run(streams_until(server, strike, max_tokens=50))
-        assert answers[:2] == [503, 200]
-        assert answers[2][0] == 503 and "error" in answers[2][1]
-        assert all(seen[-1].data == "[DONE]" for seen in events)
-        assert server.wait(10) == 0
-
-
-def test_streams_that_outlive_the_drain_get_an_error_and_the_exit_is_clean() -> None:
-    with Server("engine.mock_step_s=0.05", "shutdown.drain_timeout_s=0.5") as server:
-        server.ready()
-        events, took_s = asyncio.run(streams_until(server, lambda: server.signal(signal.SIGTERM)))
-        assert_ended_with_an_error(events)
-        assert took_s < 5
-        assert server.wait(5) == 0
-
-
-def test_a_second_signal_does_not_wait() -> None:
-    with Server("engine.mock_step_s=0.05") as server:
-        server.ready()
-
-        def strike() -> None:
-            server.signal(signal.SIGTERM)
-            time.sleep(0.3)
-            server.signal(signal.SIGINT)
-
-        events, took_s = asyncio.run(streams_until(server, strike))
-        assert_ended_with_an_error(events)
-        assert took_s < 4
-        assert server.wait(5) == 0
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-def test_ranks_do_not_outlive_a_killed_server(tp: int, toy: Path) -> None:
+def test_ranks_do_not_outlive_a_killed_server(toy: Path) -> None:
+    tp = 2
     with Server(*knobs_of("mock", tp, toy)) as server:
         server.ready()
         processes = descendants(server.process.pid)

@@ -8,6 +8,7 @@ sequence running. Nothing here knows JSON or HTTP status lines beyond `ApiError`
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
@@ -57,7 +58,8 @@ class Choice:
         "done", "finish_reason", "generation", "index", "last_s", "num_generated",
     )  # fmt: skip
 
-    def __init__(self, index: int, generation: Generation, tokenizer: Tokenizer, wanted: Wanted) -> None:
+    def __init__(self, index: int, generation: Generation, tokenizer: Tokenizer, wanted: Wanted, stops: StopMatcher | None) -> None:
+        """`stops`: an unused matcher, of which each choice takes a copy (making one of long strings takes milliseconds)."""
         self.index = index
         self.generation = generation
         self.done = False  # the text is complete, or the answer failed
@@ -65,7 +67,7 @@ class Choice:
         self.num_generated = 0
         self.last_s = 0.0
         self._detokenizer = Detokenizer(tokenizer, skip_special=wanted.skip_special, continuation=True)
-        self._matcher = StopMatcher(wanted.stop, include=wanted.include_stop) if wanted.stop else None
+        self._matcher = copy.copy(stops)
         self._min_tokens = wanted.values["min_tokens"]
         self._include_stop = wanted.include_stop
         self._want_logprobs = wanted.logprobs >= 0

@@ -30,6 +30,7 @@ from config.version import VERSION
 from engine.errors import BadParameter, EngineDead, EngineDraining, EngineError, EngineNotReady
 from engine.loop import Engine, EngineStatus, Generation
 from text.errors import TextError
+from text.stop import StopMatcher
 from text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class Service:
         served = self.served()
         wanted = _with_ends(wanted, served, chat=param == "messages")
         salt = self.access.salt(caller, wanted.cache_salt)
+        stops = StopMatcher(wanted.stop, include=wanted.include_stop) if wanted.stop else None
         choices: list[Choice] = []
         try:
             for prompt in prompts:
@@ -142,7 +144,7 @@ class Service:
                 for i in range(wanted.n):
                     params = wanted.params(max_tokens, i)
                     generation = served.engine.submit(prompt, params, priority=wanted.priority, salt=salt, key=caller.key)
-                    choices.append(Choice(len(choices), generation, served.tokenizer, wanted))
+                    choices.append(Choice(len(choices), generation, served.tokenizer, wanted, stops))
         except (EngineError, ApiError) as error:
             for choice in choices:
                 choice.generation.abort()

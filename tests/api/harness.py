@@ -16,7 +16,7 @@ import uvloop
 
 from api.app import make_app
 from api.loading import load, model_name
-from api.protocol import Listener
+from api.protocol import Listener, tls_context
 from api.service import Service
 from config.schema import Config
 from engine.loop import Engine
@@ -96,7 +96,8 @@ class Running:
         self.service = Service(self.config, model_name(self.config))
         self.listener = Listener(make_app(self.service), self.config.http)
         self.service.gate = self.listener.gate
-        self.port = await self.listener.start(self.config.server.server_name, 0, None)
+        knobs = self.config.server
+        self.port = await self.listener.start(knobs.server_name, 0, tls_context(knobs.ssl_certfile, knobs.ssl_keyfile))
         loaded = load(self.config)
         self.service.engine = loaded.engine
         await loaded.engine.start()

@@ -150,6 +150,9 @@ def test_a_second_signal_skips_the_waiting() -> None:
 def test_a_stop_while_starting(executor: str) -> None:
     with started(engine__executor=executor) as server:
         until(lambda: server.health("/health/live") == 200, 30, "nobody listens")
+        if executor == "process":  # which takes seconds to load
+            status, headers = server.post()
+            assert status == 503 and int(headers["Retry-After"]) >= 1 and server.health() == 503
         server.process.terminate()
         start = time.monotonic()
         assert server.end()[0] == 0

@@ -20,8 +20,8 @@ Activations are bfloat16 [T, K padded] (float32 for D32), and for W4 float32 sum
 
 so weights are never rounded, and the order of additions of one row is the same whatever the other rows are.
 
-Work split. A register tile is 16 channels x 1, 2, 4, 8 or 12 rows, all of K. Versions tried (one core of a 4.5 GHz Zen 5,
-576 x 960, 96 rows; peak of vdpbf16ps 530): 12 rows 440 GFLOP/s, 8 rows x 2 tiles 457, 6 x 2 441, 8 x 1 394, 6 x 4 396. One
+Work split. A register tile is 16 channels x 1, 2, 4 or 8 rows, or 32 x 8, all of K. Versions tried (one core of a 4.5 GHz Zen 5,
+576 x 960, 96 rows; peak of vdpbf16ps 530): 8 rows x 2 tiles 457 GFLOP/s, 12 x 1 440, 6 x 2 441, 12 x 2 436, 8 x 1 394, 6 x 4 396, 24 x 1 359. One
 row from memory: 1 tile 30 GB/s, 2 tiles 25 GB/s; prefetch distance 0 / 1280 / 5120 / 10240 bytes: 24 / 24 / 28 / 30 GB/s.
 """
 
@@ -45,7 +45,8 @@ CHUNK = 32
 CHUNK_BYTES = (320, 384, 576, 1024, 2048)
 SCALE_BYTES = (64, 128, 64, 0, 0)
 PREFETCH = 10240
-ROWS = (12, 8, 4, 2, 1) if FEATURES.wide else (4, 2, 1)  # register tiles
+WIDE = FEATURES.wide
+ROWS = (8, 4, 2, 1) if WIDE else (4, 2, 1)  # of register tiles
 ROW_BLOCK = 96  # rows of one piece of work: 96 x 1536 bfloat16 stay in a core's L2
 
 
@@ -92,21 +93,23 @@ def _pairs_d16(e: Emit, at: Value, offset: Value) -> Any:
 _PAIRS = {W4: _pairs_w4, W4F: _pairs_w4, W8: _pairs_w8, D16: _pairs_d16}
 
 
-def _chunk_products(e: Emit, kind: int, at: Value, offset: Value, rows: list[Value], x_offset: Value, acc: list[Value]) -> list[Value]:
-    """acc[m] + 32 products of the chunk at `offset` with row m."""
+def _chunk_products(e: Emit, kind: int, tiles: list[Value], offset: Value, rows: list[Value], x_offset: Value, acc: list[Value]) -> list[Value]:
+    """acc[row * tiles + tile] + 32 products of each tile's chunk at `offset` with each row."""
     acc = list(acc)
     if kind == D32:
         for k in range(CHUNK):
-            w = e.load(V_F32, at, e.b.add(offset, I64(64 * k)))
+            ws = [e.load(V_F32, at, e.b.add(offset, I64(64 * k))) for at in tiles]
             for m, row in enumerate(rows):
                 x = e.broadcast(e.load(F32, row, e.b.add(x_offset, I64(4 * k)), 4))
-                acc[m] = e.fma(w, x, acc[m])
+                for n, w in enumerate(ws):
+                    acc[m * len(tiles) + n] = e.fma(w, x, acc[m * len(tiles) + n])
         return acc
     data = e.b.add(offset, I64(SCALE_BYTES[kind]))
-    for index, pairs in enumerate(_PAIRS[kind](e, at, data)):
+    for index, pairs in enumerate(zip(*(_PAIRS[kind](e, at, data) for at in tiles), strict=True)):
         for m, row in enumerate(rows):
             x = e.broadcast(e.load(I32, row, e.b.add(x_offset, I64(4 * index)), 4))
-            acc[m] = e.dot_pairs(acc[m], pairs, x)
+            for n, pair in enumerate(pairs):
+                acc[m * len(tiles) + n] = e.dot_pairs(acc[m * len(tiles) + n], pair, x)
     return acc
 
 
@@ -119,92 +122,116 @@ def _scales(e: Emit, kind: int, at: Value, offset: Value) -> tuple[Value, Value 
     return scale, bias
 
 
-def _tile(e: Emit, kind: int, num_rows: int, w: Value, x: Value, x_stride: Value, sums: Value, sums_stride: Value, bias: Value,
-          y: Value, y_stride: Value, chunks: Value, add: Value) -> None:  # fmt: skip
-    """The register tile: 16 channels of `num_rows` rows. The arguments are those of `_w4` below."""
+@dataclass(frozen=True, slots=True)
+class _Operands:
+    """What a register tile reads and writes; addresses, and bytes from row to row (or tile to tile)."""
+
+    w: Value
+    tile_bytes: Value
+    x: Value
+    x_stride: Value
+    sums: Value
+    sums_stride: Value
+    bias: Value
+    y: Value
+    y_stride: Value
+
+
+def _register_tile(e: Emit, kind: int, num_rows: int, num_tiles: int, o: _Operands, chunks: Value, add: Value) -> None:
     b = e.b
-    rows = [b.add(x, b.mul(x_stride, I64(m))) for m in range(num_rows)]
-    sum_rows = [b.add(sums, b.mul(sums_stride, I64(m))) for m in range(num_rows)]
-    chunk_x = CHUNK * (4 if kind == D32 else 2)
-    with e.loop(chunks, [e.load(V_F32, bias)] * num_rows) as (g, now, after):
-        offset, x_offset = b.mul(g, I64(CHUNK_BYTES[kind])), b.mul(g, I64(chunk_x))
-        for line in range(0, CHUNK_BYTES[kind], 64):
-            e.prefetch(w, b.add(offset, I64(PREFETCH + line)))
+    tiles = [b.add(o.w, b.mul(o.tile_bytes, I64(n))) for n in range(num_tiles)]
+    rows, sum_rows, outs = (
+        [b.add(base, b.mul(stride, I64(m))) for m in range(num_rows)]
+        for base, stride in ((o.x, o.x_stride), (o.sums, o.sums_stride), (o.y, o.y_stride))
+    )
+    with e.loop(chunks, [e.load(V_F32, o.bias, 64 * n) for n in range(num_tiles)] * num_rows) as (g, now, after):
+        offset, x_offset = b.mul(g, I64(CHUNK_BYTES[kind])), b.mul(g, I64(CHUNK * (4 if kind == D32 else 2)))
+        for at in tiles:
+            for line in range(0, CHUNK_BYTES[kind], 64):
+                e.prefetch(at, b.add(offset, I64(PREFETCH + line)))
         if kind in (D16, D32):
-            after[:] = _chunk_products(e, kind, w, offset, rows, x_offset, now)
+            after[:] = _chunk_products(e, kind, tiles, offset, rows, x_offset, now)
         else:
-            acc = _chunk_products(e, kind, w, offset, rows, x_offset, [e.const(0.0)] * num_rows)
-            scale, group_bias = _scales(e, kind, w, offset)
-            for m in range(num_rows):
-                base = now[m]
-                if group_bias is not None:
-                    base = e.fma(group_bias, e.broadcast(e.load(F32, sum_rows[m], b.mul(g, I64(4)), 4)), base)
-                after[m] = e.fma(scale, acc[m], base)
-    results = list(e.results)
-    outs = [b.add(y, b.mul(y_stride, I64(m))) for m in range(num_rows)]
+            acc = _chunk_products(e, kind, tiles, offset, rows, x_offset, [e.const(0.0)] * len(now))
+            for n, at in enumerate(tiles):
+                scale, group_bias = _scales(e, kind, at, offset)
+                for m in range(num_rows):
+                    i = m * num_tiles + n
+                    base = now[i]
+                    if group_bias is not None:
+                        base = e.fma(group_bias, e.broadcast(e.load(F32, sum_rows[m], b.mul(g, I64(4)), 4)), base)
+                    after[i] = e.fma(scale, acc[i], base)
+    results = [(outs[i // num_tiles], 64 * (i % num_tiles), value) for i, value in enumerate(e.results)]
     with b.if_else(b.icmp_signed("!=", add, I64(0))) as (adding, writing):
         with adding:
-            for out, value in zip(outs, results, strict=True):
-                e.store(b.fadd(e.load(V_F32, out), value), out)
+            for out, column, value in results:
+                e.store(b.fadd(e.load(V_F32, out, column), value), out, column)
         with writing:
-            for out, value in zip(outs, results, strict=True):
-                e.store(value, out)
+            for out, column, value in results:
+                e.store(value, out, column)
 
 
 def _tile_rows(kind: int) -> Any:
-    """One tile for all of `num_rows` rows: as many blocks of the largest size as there are, then smaller ones."""
+    """One or two tiles for all of `num_rows` rows: as many blocks of the largest size as there are, then smaller ones."""
 
-    def tile_rows(e: Emit, w: Value, x: Value, x_stride: Value, sums: Value, sums_stride: Value, bias: Value, y: Value,
-                  y_stride: Value, chunks: Value, add: Value, num_rows: Value) -> None:  # fmt: skip
+    def tile_rows(e: Emit, w: Value, num_tiles: Value, tile_bytes: Value, x: Value, x_stride: Value, sums: Value, sums_stride: Value,
+                  bias: Value, y: Value, y_stride: Value, chunks: Value, add: Value, num_rows: Value) -> None:  # fmt: skip
         b = e.b
 
-        def block(size: int, m: Value) -> None:
-            _tile(
-                e, kind, size, w, b.add(x, b.mul(m, x_stride)), x_stride, b.add(sums, b.mul(m, sums_stride)), sums_stride, bias,
-                b.add(y, b.mul(m, y_stride)), y_stride, chunks, add,
+        def block(rows: int, tiles: int, m: Value, n: Value) -> None:
+            o = _Operands(
+                b.add(w, b.mul(n, tile_bytes)), tile_bytes, b.add(x, b.mul(m, x_stride)), x_stride, b.add(sums, b.mul(m, sums_stride)),
+                sums_stride, b.add(bias, b.mul(n, I64(64))), b.add(y, b.add(b.mul(m, y_stride), b.mul(n, I64(64)))), y_stride,
             )  # fmt: skip
+            _register_tile(e, kind, rows, tiles, o, chunks, add)
 
         whole = b.sdiv(num_rows, I64(ROWS[0]))
-        with e.loop(whole, []) as (i, _, _after):
-            block(ROWS[0], b.mul(i, I64(ROWS[0])))
-        done = b.mul(whole, I64(ROWS[0]))
-        for size in ROWS[1:]:
-            # what is left is less than twice the size
-            fits = b.icmp_signed(">=", b.sub(num_rows, done), I64(size))
-            with b.if_then(fits):
-                block(size, done)
-            done = b.add(done, b.select(fits, I64(size), I64(0)))
+        two = b.icmp_signed("==", num_tiles, I64(2))
+        together = b.select(two, whole, I64(0)) if WIDE else I64(0)
+        if WIDE:
+            with e.loop(together, []) as (i, _, _after):
+                block(ROWS[0], 2, b.mul(i, I64(ROWS[0])), I64(0))
+        with e.loop(num_tiles, []) as (n, _, _after):
+            with e.loop(b.sub(whole, together), []) as (i, _, _after2):
+                block(ROWS[0], 1, b.mul(i, I64(ROWS[0])), n)
+            done = b.mul(whole, I64(ROWS[0]))
+            for size in ROWS[1:]:
+                # what is left is less than twice the size
+                fits = b.icmp_signed(">=", b.sub(num_rows, done), I64(size))
+                with b.if_then(fits):
+                    block(size, 1, done, n)
+                done = b.add(done, b.select(fits, I64(size), I64(0)))
 
-    return kernel("i" * 11)(tile_rows)
+    return kernel("i" * 13)(tile_rows)
 
 
 _rows_w4, _rows_w4f, _rows_w8, _rows_d16, _rows_d32 = (_tile_rows(kind) for kind in range(5))
-call_tile_rows = caller(11)
+call_tile_rows = caller(13)
 
 
-def _w4(w, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows):  # type: ignore[no-untyped-def]
-    """One tile times all rows.
+def _w4(w, num_tiles, tile_bytes, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows):  # type: ignore[no-untyped-def]
+    """One or two tiles times all rows.
 
-    w: the weight tile; x, x_stride: activations, bytes from row to row; sums, sums_stride: of chunks (W4); bias: 16
-    float32; y, y_stride: 16 float32 a row; chunks: K / 32; add: y += instead of y =.
+    w: the first tile, the second `tile_bytes` on; x, x_stride: activations, bytes from row to row; sums, sums_stride: of chunks (W4); bias:
+    float32 [16 a tile]; y, y_stride: 16 float32 a tile and row; chunks: K / 32; add: y += instead of y =.
     """
-    _rows_w4(w, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows)
+    _rows_w4(w, num_tiles, tile_bytes, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows)
 
 
-def _w4f(w, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows):  # type: ignore[no-untyped-def]
-    _rows_w4f(w, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows)
+def _w4f(w, num_tiles, tile_bytes, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows):  # type: ignore[no-untyped-def]
+    _rows_w4f(w, num_tiles, tile_bytes, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows)
 
 
-def _w8(w, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows):  # type: ignore[no-untyped-def]
-    _rows_w8(w, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows)
+def _w8(w, num_tiles, tile_bytes, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows):  # type: ignore[no-untyped-def]
+    _rows_w8(w, num_tiles, tile_bytes, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows)
 
 
-def _d16(w, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows):  # type: ignore[no-untyped-def]
-    _rows_d16(w, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows)
+def _d16(w, num_tiles, tile_bytes, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows):  # type: ignore[no-untyped-def]
+    _rows_d16(w, num_tiles, tile_bytes, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows)
 
 
-def _d32(w, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows):  # type: ignore[no-untyped-def]
-    _rows_d32(w, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows)
+def _d32(w, num_tiles, tile_bytes, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows):  # type: ignore[no-untyped-def]
+    _rows_d32(w, num_tiles, tile_bytes, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows)
 
 
 def tile_function(kind: int) -> int:
@@ -216,9 +243,8 @@ def tile_function(kind: int) -> int:
 def product(claim, n, tile_function, w, bias, tiles, chunks, tile_bytes, x, x_stride, sums, sums_stride, y, y_stride, add, num_rows):  # type: ignore[no-untyped-def]
     """This thread's pieces of y (+)= x @ w.T + bias: claimed as (row block, a few tiles)."""
     blocks = (num_rows + ROW_BLOCK - 1) // ROW_BLOCK
-    # the same tiles for block after block of rows
     items = tiles * blocks
-    least = 1 if blocks == 1 else 4
+    least = 1 if num_rows < 8 else 2 if blocks == 1 else 4
     while True:
         piece = atomic_add(claim, 1)
         item = piece_start(piece, items, n, least)
@@ -232,11 +258,12 @@ def product(claim, n, tile_function, w, bias, tiles, chunks, tile_bytes, x, x_st
             until = min(stop, (block + 1) * tiles)
             while item < until:
                 tile = item - block * tiles
+                together = min(2, until - item)
                 call_tile_rows(
-                    tile_function, w + tile * tile_bytes, x + first * x_stride, x_stride, sums + first * sums_stride, sums_stride,
+                    tile_function, w + tile * tile_bytes, together, tile_bytes, x + first * x_stride, x_stride, sums + first * sums_stride, sums_stride,
                     bias + tile * 64, y + first * y_stride + tile * 64, y_stride, chunks, add, rows,
                 )  # fmt: skip
-                item += 1
+                item += together
 
 
 @kernel("iiii")

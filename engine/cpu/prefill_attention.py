@@ -197,7 +197,7 @@ def _piece(
     v_tile = k_tile + 4 * TILE * width
     zeros = v_tile + 4 * TILE * width
     _clear(o, rows * width)
-    _clear(zeros, width)
+    _clear(zeros, width)  # at least 32: the bias of two tiles
     _clear(state, 2 * rows)
     if width != head_dim:  # padding, never written again
         _clear(tile_q, rows * width)
@@ -224,9 +224,9 @@ def _piece(
         _pack_k(pool, blocks, first, count, kv_head, kv_heads, head_dim, block_len, exact, k_tile)
         _pack_v(pool, blocks, first, count, kv_head, kv_heads, head_dim, block_len, exact, zeros, v_tile)
         r0, m = skip * group, (until - skip) * group
-        for j in range(TILE // LANES):
+        for j in range(0, TILE // LANES, 2):
             call_tile_rows(
-                product, k_tile + j * LANES * width * size, tile_q + size * r0 * width, size * width, 0, 0, zeros,
+                product, k_tile + j * LANES * width * size, 2, LANES * width * size, tile_q + size * r0 * width, size * width, 0, 0, zeros,
                 s + 4 * (r0 * TILE + j * LANES), 4 * TILE, chunks, 0, m,
             )  # fmt: skip
         for t in range(skip, until):
@@ -240,9 +240,9 @@ def _piece(
                     _soften_32(s + 4 * r * TILE, p + 4 * r * TILE, o + 4 * r * width, state + 8 * r, low, high, o_tiles, scale)
                 else:
                     _soften_16(s + 4 * r * TILE, p + 2 * r * TILE, o + 4 * r * width, state + 8 * r, low, high, o_tiles, scale)
-        for j in range(o_tiles):
+        for j in range(0, o_tiles, 2):
             call_tile_rows(
-                product, v_tile + j * LANES * TILE * size, p + size * r0 * TILE, size * TILE, 0, 0, zeros,
+                product, v_tile + j * LANES * TILE * size, min(2, o_tiles - j), LANES * TILE * size, p + size * r0 * TILE, size * TILE, 0, 0, zeros,
                 o + 4 * (r0 * width + j * LANES), 4 * width, TILE // CHUNK, 1, m,
             )  # fmt: skip
     for t in range(tokens):

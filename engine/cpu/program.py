@@ -193,11 +193,11 @@ def _gate_up(p, tid, claim, tile_function, w, bias, chunks, tile_bytes):  # type
         column, first = item % columns, item // columns * ROW_BLOCK
         rows = min(ROW_BLOCK, tokens - first)
         x, sums = p[_X] + first * p[_X_STRIDE], p[_SUMS] + first * p[_SUMS_STRIDE]
-        for part in range(4):
-            tile = 2 * column + part % 2 + (up_tile if part >= 2 else 0)
+        for part in range(2):
+            tile = 2 * column + part * up_tile
             call_tile_rows(
-                tile_function, w + tile * tile_bytes, x, p[_X_STRIDE], sums, p[_SUMS_STRIDE], bias + 64 * tile, scratch + 64 * part, 256,
-                chunks, 0, rows,
+                tile_function, w + tile * tile_bytes, 2, tile_bytes, x, p[_X_STRIDE], sums, p[_SUMS_STRIDE], bias + 64 * tile,
+                scratch + 128 * part, 256, chunks, 0, rows,
             )  # fmt: skip
         for t in range(rows):
             silu_vectors(scratch + 256 * t, scratch + 256 * t + 128, product_row, 2)

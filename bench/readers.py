@@ -1,6 +1,6 @@
 """Clients that only count: many streamed completions over plain sockets in one process, for `bench.delivery`.
 
-`python -m bench.readers PORT STREAMS WARMUP_S SECONDS` opens the streams, waits until each has had an event, counts
+`python -m bench.readers PORT STREAMS MAX_TOKENS WARMUP_S SECONDS` opens the streams, waits until each has had an event, counts
 events for SECONDS, closes everything and prints one JSON line. Standard library only and no parsing beyond the blank
 line that ends an event, so that a core can read far more than a server can send.
 """
@@ -45,9 +45,9 @@ class Stream:
         return len(data)
 
 
-def count(port: int, num_streams: int, warmup_s: float, seconds: float) -> dict[str, float]:
+def count(port: int, num_streams: int, max_tokens: int, warmup_s: float, seconds: float) -> dict[str, float]:
     """Events and bytes of all streams within `seconds`, and how evenly they were spread."""
-    body = json.dumps({"prompt": [65, 66, 67], "max_tokens": 1 << 22, "stream": True, "ignore_eos": True}).encode()
+    body = json.dumps({"prompt": [65, 66, 67], "max_tokens": max_tokens, "stream": True, "ignore_eos": True}).encode()
     streams = [Stream(port, body) for _ in range(num_streams)]
     selector = selectors.DefaultSelector()
     for stream in streams:
@@ -64,9 +64,9 @@ def count(port: int, num_streams: int, warmup_s: float, seconds: float) -> dict[
     got = [s.events - s.counted for s in streams]
     for stream in streams:
         stream.socket.close()
-    return {
-        "events": sum(got), "seconds": elapsed, "bytes": num_bytes, "stream_min": min(got), "stream_max": max(got), "cpu_s": cpu,
-    }  # fmt: skip
+    in_all = sum(s.events for s in streams)
+    spread = {"stream_min": min(got), "stream_max": max(got)}
+    return {"events": sum(got), "events_in_all": in_all, "seconds": elapsed, "bytes": num_bytes, "cpu_s": cpu, **spread}
 
 
 def _read_until(selector: selectors.BaseSelector, done: Callable[[], bool], seconds: float) -> int:
@@ -81,9 +81,9 @@ def _read_until(selector: selectors.BaseSelector, done: Callable[[], bool], seco
 
 
 def main() -> int:
-    port, num_streams, warmup_s, seconds = sys.argv[1:]
+    port, num_streams, max_tokens, warmup_s, seconds = sys.argv[1:]
     try:
-        print(json.dumps(count(int(port), int(num_streams), float(warmup_s), float(seconds))))
+        print(json.dumps(count(int(port), int(num_streams), int(max_tokens), float(warmup_s), float(seconds))))
     except (OSError, ValueError) as error:
         print(f"bench.readers: {error}", file=sys.stderr)
         return 1

@@ -18,18 +18,18 @@ step_log = logging.getLogger("numbatch.step")
 LAG_PERIOD_S = 0.1
 
 
-class _Quiet(logging.StreamHandler):
+class QuietHandler(logging.StreamHandler):
     """Counts what it could not write instead of complaining to a stream that is gone."""
 
     num_lost = 0
 
     def handleError(self, record: logging.LogRecord) -> None:
-        type(self).num_lost += 1
+        QuietHandler.num_lost += 1
 
 
 def setup_logging(level: str) -> None:
     """Everything of ours to stderr at `level`; libraries from WARNING up."""
-    handler = _Quiet(sys.stderr)
+    handler = QuietHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]

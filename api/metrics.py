@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 
 from api.counters import Histogram, Metrics
+from api.log import QuietHandler
 from api.service import SERVICE, Service
 from engine.loop import EngineSnapshot
 
@@ -143,6 +144,7 @@ def _ours(write: _Writer, service: Service) -> Iterator[Metric]:
     yield write.counter("numbatch:refused_connections", "Connections over http.max_connections.", gate.num_refused if gate else 0)
     yield write.counter("numbatch:bad_requests", "Requests that could not be parsed as HTTP.", gate.num_bad if gate else 0)
     yield write.counter("numbatch:stalled_readers", "Readers cut off after http.write_stall_timeout_s.", gate.num_stalled if gate else 0)
+    yield write.counter("numbatch:lost_log_lines", "Log lines that could not be written.", QuietHandler.num_lost)
     yield write.histogram("numbatch:event_loop_lag_seconds", "How late the event loop ran a timer.", service.metrics.loop_lag_s)
 
 

@@ -80,7 +80,8 @@ def started(**knobs: Any) -> Iterator[Process]:
     finally:
         if server.process.poll() is None:
             server.process.kill()
-        server.process.communicate()
+        if server.process.stderr is not None and not server.process.stderr.closed:
+            server.process.communicate()
 
 
 def alive(pid: int) -> bool:
@@ -230,6 +231,32 @@ def test_a_broken_model_exits_with_3(tmp_path: Path) -> None:
     assert code == 3 and "broken.gguf" in err and "Traceback" not in err
     code, _, err = run("--set", f"model.path={tmp_path / 'nothing'}", "--set", "server.server_port=0")
     assert code == 3 and "nothing" in err and "Traceback" not in err
+
+
+def test_a_model_that_is_nowhere_exits_with_3() -> None:
+    """A hub name without a network (the tests' environment says HF_HUB_OFFLINE)."""
+    code, _, err = run("--set", "model.path=nobody/nothing", "--set", "server.server_port=0")
+    assert code == 3 and "nobody/nothing" in err and "Traceback" not in err
+
+
+def test_the_memory_plan() -> None:
+    code, out, err = run("--set", "engine.device=mock", "--plan")
+    assert code == 2 and out == "" and err.count("\n") == 1
+
+
+def test_a_log_that_is_gone_does_not_disturb_serving() -> None:
+    with started() as server:
+        server.ready()
+        assert server.process.stderr is not None
+        server.process.stderr.close()
+        for _ in range(5):
+            assert server.post()[0] == 200
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+        connection.request("GET", "/metrics")
+        lost = [line for line in connection.getresponse().read().decode().splitlines() if line.startswith("numbatch:lost_log_lines_total")]
+        assert float(lost[0].split()[-1]) >= 1
+        server.process.terminate()
+        assert server.process.wait(10) == 0
 
 
 def test_effective_configuration_hides_keys() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from api.app import add_routes
 from api.counters import FIRST_TOKEN_S, REQUEST_S, STEP_TOKENS, TOKEN_S
+from api.log import log_throughput
 from tests.api.harness import Running, mock_config, post_bytes, serving, until
 
 SKIPPED = ("/docs", "/openapi.json", "/metrics")
@@ -190,3 +195,20 @@ def test_no_prompt_in_any_log(server: Running, caplog: pytest.LogCaptureFixture)
         server.request("POST", "/v1/completions", secret.encode())
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("numbatch")]
     assert len(lines) == 5 and not [line for line in lines if secret in line]
+
+
+def test_the_throughput_line(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    async def for_a_while() -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await log_throughput(server.service, 0.1)
+
+    with caplog.at_level("INFO", "numbatch.stats"), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.run, for_a_while)
+        time.sleep(0.05)
+        server.post("/v1/completions", {"prompt": "hi", "max_tokens": 20, "ignore_eos": True})
+        waiting.result()
+    lines = [record.getMessage() for record in caplog.records if record.name == "numbatch.stats"]
+    pattern = r"Avg prompt throughput: [\d.]+ tokens/s, Avg generation throughput: [\d.]+ tokens/s, Running: \d+ reqs, Waiting: \d+ reqs, "
+    assert 1 <= len(lines) <= 2, "one line while something happens, one when it stops, none while idle"
+    assert all(re.match(pattern + r"KV cache usage: [\d.]+%, Prefix cache hit rate: [\d.]+%$", line) for line in lines)

@@ -101,9 +101,9 @@ class Target:
 
 
 def session(limit: int = 0) -> aiohttp.ClientSession:
-    """A client session without connection limit; time limits are set for each request."""
+    """A client session without a connection limit. Each request has a connection of its own, as a user has: none can be found closed."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=limit, force_close=False, keepalive_timeout=60),
+        connector=aiohttp.TCPConnector(limit=limit, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None),
         auto_decompress=False,
     )

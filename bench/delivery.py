@@ -158,7 +158,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0))
     server_cores = set(cores) if args.model else {cores[0]}
     reader_cores = set(cores[1:]) or {cores[0]}
-    sets = [f"admission.max_requests={args.streams + 1}", f"admission.max_requests_per_key={args.streams + 1}"]
+    sets = [f"admission.{name}={args.streams + 64}" for name in ("max_requests", "max_requests_per_key")]
     sets += [f"model.path={args.model}", f"engine.max_batch_size={max(64, args.streams)}"] if args.model else ["engine.device=mock"]
     config = load_config(None, sets=sets).config
     engines = real_engine(config) if args.model else event_source(config, args.step_s)
@@ -211,9 +211,8 @@ def main(argv: list[str] | None = None) -> int:
     runs.sort(key=lambda r: r["token_events_per_s"])
     out = runs[len(runs) // 2] | {"runs": [r["token_events_per_s"] for r in runs]}
     out |= {"machine": describe_machine(), "others_cpu_share": neighbours.share()}
-    print(
-        f"{out['streams']} streams, {out['engine']} engine, {args.loop}, server on core {out['cores']['server']}, readers on {out['cores']['readers']}"
-    )
+    cores = out["cores"]
+    print(f"{out['streams']} streams, {out['engine']} engine, {args.loop}, server on {cores['server']}, readers on {cores['readers']}")
     print(f"token events      {out['token_events_per_s']:>10,.0f} /s   ({out['us_per_event']:.1f} us each; runs {_range(out['runs'])})")
     print(f"event-loop lag    {out['loop_lag_p50_ms']:>10.2f} ms p50, {out['loop_lag_p99_ms']:.2f} ms p99")
     print(f"processor time    {out['server_cpu_us_per_event']:>10.1f} us an event, server; readers {out['reader_cpu_share']:.0%} of a core")

@@ -78,7 +78,7 @@ async def drop(generation: Generation, rng: random.Random) -> str:
     return "dropped"
 
 
-async def traffic(seed: int, num_clients: int, pressure: dict[str, dict[str, Any]]) -> dict[str, int]:
+async def traffic(seed: int, num_clients: int, pressure: dict[str, dict[str, Any]], spread_s: float = 0.3) -> dict[str, int]:
     rng = random.Random(seed)
     sections = {name: dict(knobs) for name, knobs in pressure.items()}
     sections["engine"] |= {"device": "mock", "session_len": 120, "executor": "thread"}
@@ -92,7 +92,7 @@ async def traffic(seed: int, num_clients: int, pressure: dict[str, dict[str, Any
             counts[outcome] = counts.get(outcome, 0) + 1
 
         async with asyncio.timeout(100):
-            await asyncio.gather(*(later(rng.random() * 0.3, random.Random(rng.random())) for _ in range(num_clients)))
+            await asyncio.gather(*(later(rng.random() * spread_s, random.Random(rng.random())) for _ in range(num_clients)))
             await engine.idle()
             await asyncio.sleep(0.05)  # the steps that were in flight at the last drop
         engine.check_integrity()
@@ -111,6 +111,8 @@ def test_every_answer_is_the_one_at_a_time_answer(pressure: dict[str, dict[str, 
 
 
 def test_the_pressures_do_press() -> None:
-    assert asyncio.run(traffic(7, 60, PRESSURES["preempting"]))["preemptions"] > 3
-    assert asyncio.run(traffic(7, 60, PRESSURES["roomy"]))["hits"] > 100
-    assert asyncio.run(traffic(7, 60, PRESSURES["no prefix cache"]))["hits"] == 0
+    """All at once, so that how much they press does not depend on how fast the machine is."""
+    counts = {name: asyncio.run(traffic(7, 100, pressure, spread_s=0.0)) for name, pressure in PRESSURES.items()}
+    assert counts["preempting"]["preemptions"] > 3
+    assert counts["roomy"]["hits"] > 20
+    assert counts["no prefix cache"]["hits"] == 0

@@ -317,7 +317,7 @@ class Scheduler:
     def _make_room(self) -> None:
         """Preempt sequences of worse classes for the first in line, if that lets it in."""
         head = self.waiting[0]
-        if self._needing or head.num_pending or not self._classes or head.priority >= max(self._classes):
+        if head.num_pending or not self._classes or head.priority >= max(self._classes):
             return
         match = self.manager.match(head.token_ids, head.salt)
         short = self._needs(head, match.num_taken) + self._spare(head) - self.manager.num_available - self.manager.num_returning
@@ -501,7 +501,7 @@ class Scheduler:
         if seq.num_pending != pending:
             raise IntegrityError(f"sequence {seq.id} says {seq.num_pending} ids are pending, {pending} are.")
         if seq.status is not RUNNING:
-            if seq.status is FINISHED or seq.blocks or seq.slot >= 0 or seq not in self.waiting:
+            if seq.status is FINISHED or seq.blocks or seq.slot >= 0 or seq.num_computed or seq not in self.waiting:
                 raise IntegrityError(f"sequence {seq.id} is {seq.status.name} in line, with slot {seq.slot} and blocks {seq.blocks}.")
             return
         size = self.manager.block_seq_len

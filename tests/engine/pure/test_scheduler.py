@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine.cache.blocks import IntegrityError
+from engine.cache.manager import Match
 from engine.errors import BadParameter, ContextLengthExceeded, EngineError
 from engine.sequence import FinishReason, SamplingParams, Sequence, Status
 from engine.step import BAD_LOGITS, StepResult
@@ -136,6 +137,20 @@ def test_long_prompts_never_hold_decoding_up() -> None:
     assert [seq.first_token_s for seq in late] == sorted(seq.first_token_s for seq in late)
 
 
+def test_a_long_prompt_does_not_hold_decoding_up_even_with_a_budget_of_one() -> None:
+    world = roomy(max_step_tokens=1)
+    decoding = world.add([1], max_tokens=500)
+    world.turn()
+    late = world.add([2] * 20, max_tokens=1)
+    world.turn()
+    for _ in range(9):
+        before = (len(world.events[0]), late.num_computed)
+        for _ in range(4):
+            world.turn()
+        assert (len(world.events[0]) - before[0], late.num_computed - before[1]) == (2, 2)
+    assert decoding.status is Status.RUNNING
+
+
 def test_slots_are_released_and_reused_in_one_plan() -> None:
     world = roomy(max_batch_size=1)
     world.add([1], max_tokens=1)
@@ -201,6 +216,18 @@ def test_a_better_class_takes_a_slot() -> None:
     world.check_answers()
 
 
+def test_a_block_given_to_one_that_is_preempted_in_the_same_plan_is_not_announced() -> None:
+    world = roomy(max_batch_size=1)
+    low = world.add([1] * 4, max_tokens=9, priority=1)
+    world.plan()  # low now needs its second block
+    world.add([2], max_tokens=1)
+    plan = world.plan()
+    assert plan is not None and low.num_preemptions == 1
+    assert (plan.releases, plan.admits[0].slot, plan.block_slots) == ((0,), 0, ())
+    world.run()
+    world.check_answers()
+
+
 def test_a_better_class_takes_blocks_only_if_that_lets_it_in() -> None:
     world = World(10, 1, max_batch_size=4, max_step_tokens=64)
     world.add([1] * 5, max_tokens=3, priority=0)
@@ -241,6 +268,62 @@ def test_the_latest_arrival_is_preempted_and_loses_no_id() -> None:
     assert first.num_preemptions == 0
     world.check_answers()
     world.check_quiet()
+
+
+def starve(world: World, left: int = 0) -> None:
+    """Somebody else takes all blocks but `left`."""
+    manager = world.manager
+    assert manager.reserve(Match([], manager.num_available - left, manager.num_available - left)) is not None
+
+
+def at_a_boundary(prompts: tuple[int, ...]) -> World:
+    """Sequences of these prompt lengths, one step in flight; those of a multiple of 4 ids now need a block."""
+    world = roomy()
+    for length in prompts:
+        world.add([length] * length, max_tokens=50)
+    world.plan()
+    return world
+
+
+def test_the_better_rank_gets_the_last_block() -> None:
+    world = at_a_boundary((4, 4, 5))
+    starve(world, left=1)
+    plan = world.plan()
+    assert plan is not None and (plan.block_slots, plan.slots) == ((0,), (0,))  # 1 stalls, and 2 makes room for it
+    assert [seq.num_preemptions for seq in world.sequences.values()] == [0, 0, 1]
+    world.apply()
+    plan = world.plan()
+    assert plan is not None and (plan.block_slots, plan.slots, plan.releases) == ((1,), (0, 1), ())
+
+
+def test_a_block_that_comes_back_is_promised_once() -> None:
+    world = at_a_boundary((4, 4, 3, 3))
+    starve(world)
+    assert world.plan() is None
+    assert [seq.num_preemptions for seq in world.sequences.values()] == [0, 0, 1, 1]
+    world.apply()
+    plan = world.plan()
+    assert plan is not None and plan.block_slots == (0, 1) and sorted(plan.releases) == [2, 3]
+
+
+def test_nobody_is_let_in_to_be_preempted_at_once() -> None:
+    world = World(6, 2, max_batch_size=2, max_step_tokens=2)
+    world.add([1, 2], max_tokens=7)  # holds 2 blocks now and 4 in the end
+    world.turn()
+    assert world.manager.num_available == 4
+    late = world.add([3] * 7, max_tokens=1)  # would fit now, but not for long
+    world.run()
+    assert world.scheduler.num_preemptions == 0 and late.finish_reason is FinishReason.LENGTH
+
+    world = World(6, 2, max_batch_size=2, max_step_tokens=64)
+    world.add([1] * 5, max_tokens=2)  # 3 blocks to its end
+    late = world.add([2] * 6, max_tokens=3)  # the other 3 hold its prompt, not its first id
+    world.turn()
+    assert late.status is Status.WAITING
+    world.run()
+    assert world.scheduler.num_preemptions == 0
+    assert world.scheduler._blocked == (None, 0)
+    world.check_answers()
 
 
 def test_a_preempted_sequence_waits_for_its_id_in_flight() -> None:

@@ -15,6 +15,7 @@ import queue
 import shutil
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 from engine.errors import ConfigError, DeviceError, EngineDead, EngineError, ModelError
 from engine.step import StepPlan, StepResult
 
+CLOSE_S = 2.0  # for ranks to end by themselves
 RAISABLE = {cls.__name__: cls for cls in (ConfigError, DeviceError, ModelError, EngineError)}
 
 
@@ -209,12 +211,7 @@ class ProcessExecutor(_WithInbox):
             loop.remove_reader(process.sentinel)
             loop.remove_reader(pipe.fileno())
             pipe.close()  # a rank that sees the end of its pipe exits
-        for process in self._processes:
-            await asyncio.to_thread(process.join, 5.0)
-            if process.is_alive():
-                process.kill()
-                await asyncio.to_thread(process.join, 5.0)
-            process.close()
+        await asyncio.to_thread(_end, self._processes)
         self._processes, self._pipes = [], []
         if self._private_dir:
             shutil.rmtree(self._private_dir, ignore_errors=True)
@@ -255,6 +252,19 @@ class ProcessExecutor(_WithInbox):
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(error)
         self._inbox.fail(error)
+
+
+def _end(processes: list[Any]) -> None:
+    """One deadline for all ranks; one that is frozen, loading or in a collective is killed (SIGTERM would not reach it)."""
+    deadline = time.monotonic() + CLOSE_S
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    for process in processes:
+        process.join()
+        process.close()
 
 
 def _nothing() -> None:

@@ -159,6 +159,8 @@ class Engine:
         self._executor.on_error = self._wakeup.set
         num_blocks = await self._executor.start()
         cache, knobs = self.config.cache, self.config.engine
+        # the last id of a sequence is never computed; a longer one than the pool holds could never finish
+        self.session_len = min(self.session_len, num_blocks * cache.cache_block_seq_len + 1)
         self.manager = CacheManager(num_blocks, cache.cache_block_seq_len, enable_prefix_caching=cache.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.manager,

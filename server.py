@@ -6,6 +6,7 @@ because every spawned rank imports this file again as `__mp_main__`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -61,18 +62,20 @@ def run(loaded: LoadedConfig) -> int:
 
     setup_logging(loaded.config.server.log_level)
 
-    async def serve() -> int:
-        return await Server(loaded.config).run()
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(serve())
+    loop = uvloop.new_event_loop()  # not asyncio.run: that waits for threads which may load or compile for minutes
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(Server(loaded.config).run())
+    finally:
+        loop.close()
 
 
 def finish(code: int) -> None:
     """End the process with `code` even while a thread is still in native code (a compile, a download)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate()):
+    if threading.active_count() > 1:
+        with contextlib.suppress(OSError, ValueError):  # a stream that is gone
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import multiprocessing
 import resource
 import signal
 import threading
@@ -38,7 +39,8 @@ log = logging.getLogger("numbatch.server")
 EXIT_OK, EXIT_CONFIG, EXIT_MODEL, EXIT_DEVICE, EXIT_DIED, EXIT_INTERNAL = 0, 2, 3, 4, 5, 70
 DEATH_NOTICE_S = 1.0  # how long health checks can see 503 before the port closes
 LAST_WORDS_S = 2.0  # for handlers to send their error events
-STOP_S = 5.0  # for the engine to end its threads or processes
+STOP_S = 15.0  # for the engine to end its threads or processes in good order
+HURRY_S = 1.0  # the same when there is nothing to save: stopped while loading, or the engine is dead
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -89,6 +91,7 @@ class Server:
         self._signals = _Signals()
         self._tasks: list[asyncio.Task[Any]] = []
         self._loaded: Loaded | None = None
+        self._orderly = False  # drained: nothing of value is interrupted any more
 
     async def run(self) -> int:
         self._signals.install()
@@ -168,6 +171,7 @@ class Server:
         if unfinished:
             log.warning("%d answers were ended before they were complete", len(unfinished))
             await self._until_quiet(LAST_WORDS_S)
+        self._orderly = True
         return EXIT_OK
 
     async def _until_quiet(self, timeout_s: float) -> None:
@@ -179,9 +183,12 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await self.listener.close(LAST_WORDS_S if self.service.live else 0.1)
+        if not self._orderly:
+            for rank in multiprocessing.active_children():
+                rank.kill()  # one that loads, or is frozen, would not hear anything milder
         if self._loaded is not None:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STOP_S):
+                async with asyncio.timeout(STOP_S if self._orderly else HURRY_S):
                     await self._loaded.engine.stop()
             if self._loaded.template is not None:
                 self._loaded.template.close()

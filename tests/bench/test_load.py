@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -224,6 +225,24 @@ def test_bad_arguments_are_refused(words: list[str], capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         command(*words)
     assert words[0] in capsys.readouterr().err
+
+
+def test_results_are_saved_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = tmp_path / "runs.jsonl"
+
+    def serve_and_save() -> None:
+        async def test(url: str, _: Fake) -> None:
+            words = ["--url", url, "--num-prompts", "4", "--input-len", "4", "--output-len", "2", "--save-result", str(saved)]
+            assert await asyncio.to_thread(load.main, words) == 0
+
+        with_server(test)
+
+    serve_and_save()
+    serve_and_save()
+    assert [json.loads(line)["completed"] for line in saved.read_text().splitlines()] == [4, 4]
+    assert load.main(["--compare", str(saved), str(saved), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["compare"]
+    assert [row["ratio"] for row in rows] == [1.0] * 4
 
 
 def test_importing_the_load_generator_loads_no_torch() -> None:

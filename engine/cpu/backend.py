@@ -21,7 +21,7 @@ from engine.batch import Batch
 from engine.cache.layout import KVLayout
 from engine.cpu import matmul, program
 from engine.cpu.matmul import CHUNK, Packed
-from engine.cpu.paged_attention import SPLIT, split_function
+from engine.cpu.paged_attention import SPLIT, split_function, split_scratch_bytes
 from engine.cpu.prefill_attention import piece_function, scratch_bytes, tokens_of_piece
 from engine.cpu.program import L, P
 from engine.cpu.threads import Pool, aligned
@@ -234,9 +234,8 @@ class CpuBackend:
     def _scratch_bytes(self, group: int) -> int:
         """Of one thread: the largest of the stages that share it, and a page so that threads never share a line."""
         spec = self._spec
-        scores = 4 * group * (SPLIT + 16)
         gate_up = (matmul.ROW_BLOCK + 1) * 256
-        largest = max(scratch_bytes(spec.head_dim, group), scores, gate_up, 4 * spec.hidden_size)
+        largest = max(scratch_bytes(spec.head_dim, group), split_scratch_bytes(spec.head_dim, group), gate_up, 4 * spec.hidden_size)
         return (largest + 2 * 4096 - 1) // 4096 * 4096
 
     def _run(self, p: list[int]) -> None:

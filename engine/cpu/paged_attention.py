@@ -9,67 +9,144 @@ depend on its neighbours; a piece of work is (split, KV head) for all query head
 row's splits in order.
 
     split: scores of all positions, head by head  ->  max, exp, sum  ->  weighted sum of V
+
+With a bfloat16 pool and heads of 64 or 128, q and the weights exp(s - m) are rounded to bfloat16 and every product is a
+vdpbf16ps, as in prompts; else they stay float32. Versions tried (3 query heads of 64, 128 positions, one core): float32
+products with a sum of lanes for every score 55 cycles a position; this one SEE_LOG.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import njit
 
-from engine.cpu.vector import F32, I64, LANES, V_F32, V_I16, V_I32, Emit, Value, caller, compiled, f32_at, i32_at, kernel
+from engine.cpu.kv_store import narrow_vectors
+from engine.cpu.vector import (
+    F32, I16, I32, I64, LANES, V_F32, V_I16, V_I16X2, V_I32, Emit, Value, caller, compiled, f32_at, i32_at, kernel,
+)  # fmt: skip
 
 SPLIT = 256
 NEVER = np.float32(-1e30)  # a score of nothing visible
+
+
+def _sums(e: Emit, vector: Callable[[int], Value], first: int = 0, count: int = LANES) -> Value:
+    """Lane i is the sum of the lanes of vector(i): neighbours change halves and are added, four times; made as they are needed."""
+    if count == 1:
+        return vector(first)
+    width = count // 2
+    x, y = _sums(e, vector, first, width), _sums(e, vector, first + width, width)
+    low = [(LANES if lane & width else 0) + (lane & ~width) for lane in range(LANES)]
+    halves = (e.b.shuffle_vector(x, y, ir.Constant(V_I32, [i + add for i in low])) for add in (0, width))
+    return e.b.fadd(*halves)
+
+
+def _pair_scores(vectors: int) -> Any:
+    """scores[h, i] = q[h] . k[i] for `count` positions that follow each other, `vectors` of 32 bfloat16 a head.
+
+    16 positions at a time, the last of them again where fewer are left: room for 15 more scores is needed.
+    """
+    row = 64 * vectors
+
+    def scores(e: Emit, q: Value, k: Value, out: Value, out_stride: Value, count: Value, heads: Value) -> None:
+        b = e.b
+
+        def block(first: Value, keys: list[Value], h: Value) -> None:
+            query = b.add(q, b.mul(h, I64(row)))
+            qs = [e.load(V_I32, query, 64 * v) for v in range(vectors)]
+
+            def dots(i: int) -> Value:
+                total = e.const(0.0)
+                for v in range(vectors):
+                    total = e.dot_pairs(total, e.load(V_I32, keys[i], 64 * v), qs[v])
+                return total
+
+            e.store(_sums(e, dots), b.add(out, b.mul(h, out_stride)), b.mul(first, I64(4)))
+
+        whole = b.sdiv(count, I64(LANES))
+        with e.loop(whole, []) as (j, _, _after):
+            first = b.mul(j, I64(LANES))
+            base = b.add(k, b.mul(first, I64(row)))
+            with e.loop(heads, []) as (h, _, _after2):
+                block(first, [b.add(base, I64(row * i)) for i in range(LANES)], h)
+        first = b.mul(whole, I64(LANES))
+        left = b.sub(count, first)
+        base = b.add(k, b.mul(first, I64(row)))
+        with b.if_then(b.icmp_signed(">", left, I64(0))):
+            last = b.sub(left, I64(1))
+            offsets = [b.mul(b.select(b.icmp_signed("<", I64(i), last), I64(i), last), I64(row)) for i in range(LANES)]
+            with e.loop(heads, []) as (h, _, _after2):
+                block(first, [b.add(base, offset) for offset in offsets], h)
+
+    return kernel("iiiiii")(scores)
+
+
+def _pair_weigh(vectors: int) -> Any:
+    """acc[d] += sum over `count` positions of p[i] v[i, d], for one head: p bfloat16, two positions an instruction."""
+    row = 64 * vectors
+
+    def weigh(e: Emit, p: Value, v: Value, acc: Value, count: Value) -> None:
+        b = e.b
+
+        def two(even: Value, odd: Value, weights: Value, now: list[Value]) -> list[Value]:
+            out = list(now)
+            x = e.broadcast(weights)
+            for j in range(vectors):
+                rows = [e.load(V_I16X2, at, 64 * j) for at in (even, odd)]
+                for half in range(2):
+                    order = [source + half * LANES + lane for lane in range(LANES) for source in (0, 2 * LANES)]
+                    pairs = b.shuffle_vector(*rows, ir.Constant(ir.VectorType(I32, 2 * LANES), order))
+                    out[2 * j + half] = e.dot_pairs(out[2 * j + half], b.bitcast(pairs, V_I32), x)
+            return out
+
+        start = [e.load(V_F32, acc, 64 * j) for j in range(2 * vectors)]
+        whole = b.sdiv(count, I64(2))
+        with e.loop(whole, start) as (i, now, after):
+            even = b.add(v, b.mul(i, I64(2 * row)))
+            after[:] = two(even, b.add(even, I64(row)), e.load(I32, p, b.mul(i, I64(4)), 2), now)
+        # the odd one out: its neighbour's weight may be that of another KV block
+        with e.loop(b.and_(count, I64(1)), list(e.results)) as (_, now, after):
+            even = b.add(v, b.mul(whole, I64(2 * row)))
+            weight = b.zext(e.load(I16, p, b.mul(whole, I64(4)), 2), I32)
+            after[:] = two(even, even, weight, now)
+        for j, value in enumerate(e.results):
+            e.store(value, acc, 64 * j)
+
+    return kernel("iiii")(weigh)
 
 
 def _load_kv(e: Emit, exact: bool, address: Value, offset: Value | int) -> Value:
     return e.load(V_F32, address, offset) if exact else e.widen(e.load(V_I16, address, offset))
 
 
-def _scores(exact: bool, fixed: int) -> object:
-    """scores[h, i] = q[h] . k[i] for `count` positions that follow each other; `fixed` vectors a head, 0: counted."""
+def _scores(exact: bool) -> Any:
+    """The same for heads of any number of `vectors` of 16, in float32."""
     size = 64 if exact else 32
 
     def scores(e: Emit, q: Value, k: Value, out: Value, out_stride: Value, count: Value, heads: Value, vectors: Value) -> None:
         b = e.b
-        if fixed:
-            vectors = I64(fixed)
         row_bytes, q_bytes = b.mul(vectors, I64(size)), b.mul(vectors, I64(64))
         with e.loop(count, []) as (i, _, _after):
             key = b.add(k, b.mul(i, row_bytes))
-            held = [_load_kv(e, exact, key, size * v) for v in range(fixed)]
             with e.loop(heads, []) as (h, _, _after2):
                 query = b.add(q, b.mul(h, q_bytes))
-                total = e.const(0.0)
-                if fixed:
-                    for v in range(fixed):
-                        total = e.fma(e.load(V_F32, query, 64 * v), held[v], total)
-                else:
-                    with e.loop(vectors, [total]) as (v, now, after):
-                        value = _load_kv(e, exact, key, b.mul(v, I64(size)))
-                        after[0] = e.fma(e.load(V_F32, query, b.mul(v, I64(64))), value, now[0])
-                    total = e.results[0]
-                e.store(e.sum(total), b.add(out, b.mul(h, out_stride)), b.mul(i, I64(4)))
+                with e.loop(vectors, [e.const(0.0)]) as (v, now, after):
+                    value = _load_kv(e, exact, key, b.mul(v, I64(size)))
+                    after[0] = e.fma(e.load(V_F32, query, b.mul(v, I64(64))), value, now[0])
+                e.store(e.sum(e.results[0]), b.add(out, b.mul(h, out_stride)), b.mul(i, I64(4)))
 
     return kernel("iiiiiii")(scores)
 
 
-def _weigh(exact: bool, fixed: int) -> object:
-    """acc[d] += sum over `count` positions of p[i] v[i, d], for one head."""
+def _weigh(exact: bool) -> Any:
+    """The same for heads of any number of `vectors` of 16, p float32."""
     size = 64 if exact else 32
 
     def weigh(e: Emit, p: Value, v: Value, acc: Value, count: Value, vectors: Value) -> None:
         b = e.b
-        if fixed:
-            with e.loop(count, [e.load(V_F32, acc, 64 * j) for j in range(fixed)]) as (i, now, after):
-                weight = e.broadcast(e.load(F32, p, b.mul(i, I64(4)), 4))
-                row = b.add(v, b.mul(i, I64(size * fixed)))
-                for j in range(fixed):
-                    after[j] = e.fma(weight, _load_kv(e, exact, row, size * j), now[j])
-            for j, value in enumerate(e.results):
-                e.store(value, acc, 64 * j)
-            return
         with e.loop(vectors, []) as (j, _, _after):
             offset = b.mul(j, I64(64))
             with e.loop(count, [e.load(V_F32, acc, offset)]) as (i, now, after):
@@ -81,8 +158,9 @@ def _weigh(exact: bool, fixed: int) -> object:
     return kernel("iiiii")(weigh)
 
 
-_scores_16_4, _scores_16_8, _scores_16_n, _scores_32_n = _scores(False, 4), _scores(False, 8), _scores(False, 0), _scores(True, 0)
-_weigh_16_4, _weigh_16_8, _weigh_16_n, _weigh_32_n = _weigh(False, 4), _weigh(False, 8), _weigh(False, 0), _weigh(True, 0)
+_scores_2, _scores_4, _scores_16, _scores_32 = _pair_scores(2), _pair_scores(4), _scores(False), _scores(True)
+_weigh_2, _weigh_4, _weigh_16, _weigh_32 = _pair_weigh(2), _pair_weigh(4), _weigh(False), _weigh(True)
+
 
 
 @kernel("iifi")
@@ -141,51 +219,57 @@ def _soften_heads(scores, count, group, head_dim, partial):  # type: ignore[no-u
             acc[d] = np.float32(0.0)
 
 
-def _split_16_4(q, pool, table, first, stop, kv_head, heads, kv_heads, head_dim, block_len, scores, partial):  # type: ignore[no-untyped-def]
+def _split_64(q, pool, table, first, stop, kv_head, heads, kv_heads, head_dim, block_len, scores, partial):  # type: ignore[no-untyped-def]
     """Positions first .. stop - 1 for the query heads of one KV head of 64; `partial` is the split's [heads, head_dim + 2]."""
-    group, vectors = heads // kv_heads, head_dim // LANES
+    group = heads // kv_heads
     blocks = i32_at(table)
-    query = q + 4 * kv_head * group * head_dim
+    query = scores + group * SCORE_STRIDE
+    narrow_vectors(q + 4 * kv_head * group * head_dim, query, group * head_dim // LANES)
     position = first
     while position < stop:
         count = min(block_len - position % block_len, stop - position)
         k = pool + _element(blocks, position, 0, kv_head, kv_heads, head_dim, block_len) * 2
-        _scores_16_4(query, k, scores + 4 * (position - first), SCORE_STRIDE, count, group, vectors)
+        _scores_2(query, k, scores + 4 * (position - first), SCORE_STRIDE, count, group)
         position += count
     _soften_heads(scores, stop - first, group, head_dim, partial + kv_head * group * 4 * (head_dim + 2))
+    for g in range(group):
+        narrow_vectors(scores + g * SCORE_STRIDE, scores + g * SCORE_STRIDE, (stop - first + LANES - 1) // LANES)
     position = first
     while position < stop:
         count = min(block_len - position % block_len, stop - position)
         v = pool + _element(blocks, position, 1, kv_head, kv_heads, head_dim, block_len) * 2
         for g in range(group):
             row = partial + (kv_head * group + g) * 4 * (head_dim + 2)
-            _weigh_16_4(scores + g * SCORE_STRIDE + 4 * (position - first), v, row, count, vectors)
+            _weigh_2(scores + g * SCORE_STRIDE + 2 * (position - first), v, row, count)
         position += count
 
 
-def _split_16_8(q, pool, table, first, stop, kv_head, heads, kv_heads, head_dim, block_len, scores, partial):  # type: ignore[no-untyped-def]
+def _split_128(q, pool, table, first, stop, kv_head, heads, kv_heads, head_dim, block_len, scores, partial):  # type: ignore[no-untyped-def]
     """Heads of 128."""
-    group, vectors = heads // kv_heads, head_dim // LANES
+    group = heads // kv_heads
     blocks = i32_at(table)
-    query = q + 4 * kv_head * group * head_dim
+    query = scores + group * SCORE_STRIDE
+    narrow_vectors(q + 4 * kv_head * group * head_dim, query, group * head_dim // LANES)
     position = first
     while position < stop:
         count = min(block_len - position % block_len, stop - position)
         k = pool + _element(blocks, position, 0, kv_head, kv_heads, head_dim, block_len) * 2
-        _scores_16_8(query, k, scores + 4 * (position - first), SCORE_STRIDE, count, group, vectors)
+        _scores_4(query, k, scores + 4 * (position - first), SCORE_STRIDE, count, group)
         position += count
     _soften_heads(scores, stop - first, group, head_dim, partial + kv_head * group * 4 * (head_dim + 2))
+    for g in range(group):
+        narrow_vectors(scores + g * SCORE_STRIDE, scores + g * SCORE_STRIDE, (stop - first + LANES - 1) // LANES)
     position = first
     while position < stop:
         count = min(block_len - position % block_len, stop - position)
         v = pool + _element(blocks, position, 1, kv_head, kv_heads, head_dim, block_len) * 2
         for g in range(group):
             row = partial + (kv_head * group + g) * 4 * (head_dim + 2)
-            _weigh_16_8(scores + g * SCORE_STRIDE + 4 * (position - first), v, row, count, vectors)
+            _weigh_4(scores + g * SCORE_STRIDE + 2 * (position - first), v, row, count)
         position += count
 
 
-def _split_16_n(q, pool, table, first, stop, kv_head, heads, kv_heads, head_dim, block_len, scores, partial):  # type: ignore[no-untyped-def]
+def _split_any(q, pool, table, first, stop, kv_head, heads, kv_heads, head_dim, block_len, scores, partial):  # type: ignore[no-untyped-def]
     """Heads of any multiple of 16."""
     group, vectors = heads // kv_heads, head_dim // LANES
     blocks = i32_at(table)
@@ -194,7 +278,7 @@ def _split_16_n(q, pool, table, first, stop, kv_head, heads, kv_heads, head_dim,
     while position < stop:
         count = min(block_len - position % block_len, stop - position)
         k = pool + _element(blocks, position, 0, kv_head, kv_heads, head_dim, block_len) * 2
-        _scores_16_n(query, k, scores + 4 * (position - first), SCORE_STRIDE, count, group, vectors)
+        _scores_16(query, k, scores + 4 * (position - first), SCORE_STRIDE, count, group, vectors)
         position += count
     _soften_heads(scores, stop - first, group, head_dim, partial + kv_head * group * 4 * (head_dim + 2))
     position = first
@@ -203,11 +287,11 @@ def _split_16_n(q, pool, table, first, stop, kv_head, heads, kv_heads, head_dim,
         v = pool + _element(blocks, position, 1, kv_head, kv_heads, head_dim, block_len) * 2
         for g in range(group):
             row = partial + (kv_head * group + g) * 4 * (head_dim + 2)
-            _weigh_16_n(scores + g * SCORE_STRIDE + 4 * (position - first), v, row, count, vectors)
+            _weigh_16(scores + g * SCORE_STRIDE + 4 * (position - first), v, row, count, vectors)
         position += count
 
 
-def _split_32_n(q, pool, table, first, stop, kv_head, heads, kv_heads, head_dim, block_len, scores, partial):  # type: ignore[no-untyped-def]
+def _split_exact(q, pool, table, first, stop, kv_head, heads, kv_heads, head_dim, block_len, scores, partial):  # type: ignore[no-untyped-def]
     """A float32 pool."""
     group, vectors = heads // kv_heads, head_dim // LANES
     blocks = i32_at(table)
@@ -216,7 +300,7 @@ def _split_32_n(q, pool, table, first, stop, kv_head, heads, kv_heads, head_dim,
     while position < stop:
         count = min(block_len - position % block_len, stop - position)
         k = pool + _element(blocks, position, 0, kv_head, kv_heads, head_dim, block_len) * 4
-        _scores_32_n(query, k, scores + 4 * (position - first), SCORE_STRIDE, count, group, vectors)
+        _scores_32(query, k, scores + 4 * (position - first), SCORE_STRIDE, count, group, vectors)
         position += count
     _soften_heads(scores, stop - first, group, head_dim, partial + kv_head * group * 4 * (head_dim + 2))
     position = first
@@ -225,7 +309,7 @@ def _split_32_n(q, pool, table, first, stop, kv_head, heads, kv_heads, head_dim,
         v = pool + _element(blocks, position, 1, kv_head, kv_heads, head_dim, block_len) * 4
         for g in range(group):
             row = partial + (kv_head * group + g) * 4 * (head_dim + 2)
-            _weigh_32_n(scores + g * SCORE_STRIDE + 4 * (position - first), v, row, count, vectors)
+            _weigh_32(scores + g * SCORE_STRIDE + 4 * (position - first), v, row, count, vectors)
         position += count
 
 
@@ -235,8 +319,13 @@ call_split = caller(12)
 def split_function(head_dim: int, exact: bool) -> int:
     """Address of the compiled function for a pool of this kind, for `call_split`."""
     if exact:
-        return compiled(_split_32_n)
-    return compiled({64: _split_16_4, 128: _split_16_8}.get(head_dim, _split_16_n))
+        return compiled(_split_exact)
+    return compiled({64: _split_64, 128: _split_128}.get(head_dim, _split_any))
+
+
+def split_scratch_bytes(head_dim: int, group: int) -> int:
+    """Of one thread: scores of `group` heads, then their q in bfloat16."""
+    return group * (SCORE_STRIDE + 2 * head_dim)
 
 
 @njit(nogil=True)

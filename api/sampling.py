@@ -158,7 +158,9 @@ def _stop(limits: Request) -> Field:
     most, size = limits.max_stop_strings, limits.max_stop_bytes
 
     def parse(name: str, value: Any) -> tuple[str, ...]:
-        stops = [value] if type(value) is str else check_list(name, value, most)
+        if type(value) is not str and type(value) is not list:
+            raise wrong_type(name, "a string or an array of strings", value)
+        stops = check_list(name, [value] if type(value) is str else value, most)
         for stop in stops:
             if type(stop) is not str:
                 raise wrong_type(name, "a string or an array of strings", stop)

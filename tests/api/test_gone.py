@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from api.service import Service
 from tests.api.harness import Running, mock_config, post_bytes, receive_all, serving, until
 
 TEXT = "/v1/completions"
@@ -84,6 +85,51 @@ def test_a_thousand_streams_dropped_at_random_leave_nothing(server: Running) -> 
     assert server.post(TEXT, {"prompt": "still there", "max_tokens": 3})[0] == 200
 
 
+@pytest.mark.parametrize(
+    "fields", [{"stream": True}, {"stream": False}, {"stream": True, "n": 3, "stop": "xyz"}], ids=["stream", "whole", "n = 3"]
+)
+def test_a_handler_cancelled_anywhere_leaves_nothing(server: Running, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case C4: the handler's task is cancelled k turns of the event loop after its sequences were submitted, for many k."""
+    complaints: list[dict[str, Any]] = []
+    server.call(lambda: server.loop.set_exception_handler(lambda _, context: complaints.append(context)))
+    original = Service.submit
+    turns = 0
+
+    def submit(self: Service, *arguments: Any, **options: Any) -> Any:
+        answer = original(self, *arguments, **options)
+        task = asyncio.current_task()
+        assert task is not None
+
+        def later(left: int) -> None:
+            if left:
+                server.loop.call_soon(later, left - 1)
+            else:
+                task.cancel()
+
+        later(turns)
+        return answer
+
+    monkeypatch.setattr(Service, "submit", submit)
+    for turns in [*range(30), *range(30, 300, 17)]:
+        with server.connect() as raw:
+            raw.sendall(request(turns, **{"max_tokens": 8000, **fields}))
+            assert b"[DONE]" not in receive_all(raw)
+        assert server.call(lambda: not server.service.live)
+    server.settled()
+    server.call(lambda: server.loop.set_exception_handler(None))
+    assert not complaints
+
+
+def test_streams_share_a_connection_one_after_the_other(server: Running) -> None:
+    with server.connect() as raw:
+        for seed in range(5):
+            raw.sendall(request(seed, max_tokens=5))
+            data = b""
+            while not data.endswith(b"0\r\n\r\n"):
+                data += raw.recv(65536)
+            assert data.startswith(b"HTTP/1.1 200") and data.count(b"HTTP/1.1") == 1 and b"[DONE]" in data
+
+
 def test_a_reader_that_stalls_is_cut_off_and_its_neighbour_is_not(server: Running) -> None:
     stalled_before = server.listener.gate.num_stalled
     lazy = server.connect(receive_buffer=4096)
@@ -116,10 +162,10 @@ def test_a_slow_reader_that_catches_up_gets_everything(server: Running) -> None:
 
 
 def test_a_whole_answer_that_nobody_reads_is_cut_off_too(server: Running) -> None:
-    """4 MB of logprobs into a closed window: the write stalls, the connection goes, no handler is left behind."""
+    """Megabytes of logprobs into a closed window: the write stalls, the connection goes, no handler is left behind."""
     stalled_before = server.listener.gate.num_stalled
     with server.connect(receive_buffer=4096) as raw:
-        raw.sendall(request(1, stream=False, max_tokens=2000, n=16, logprobs=20))
+        raw.sendall(request(1, stream=False, max_tokens=1300, n=8, logprobs=20))
         until(lambda: server.listener.gate.num_stalled == stalled_before + 1, 30, "the stalled reader was not cut off")
     server.settled()
 

@@ -54,6 +54,7 @@ def plan(loaded: LoadedConfig) -> int:
 def run(loaded: LoadedConfig) -> int:
     """Serve until a signal or the engine's death; returns the exit code."""
     import asyncio
+    import logging
 
     import uvloop
 
@@ -61,6 +62,8 @@ def run(loaded: LoadedConfig) -> int:
     from api.log import setup_logging
 
     setup_logging(loaded.config.server.log_level)
+    for warning in loaded.warnings:
+        logging.getLogger("numbatch.server").warning("%s", warning)
 
     loop = uvloop.new_event_loop()  # not asyncio.run: that waits for threads which may load or compile for minutes
     asyncio.set_event_loop(loop)

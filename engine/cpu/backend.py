@@ -9,6 +9,7 @@ ranks and shapes that the pass does not take. Knows no layer of a particular fam
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from engine.cpu.paged_attention import SPLIT, split_function, split_scratch_byte
 from engine.cpu.prefill_attention import piece_function, scratch_bytes, tokens_of_piece
 from engine.cpu.program import L, P
 from engine.cpu.threads import Pool, aligned
+from engine.cpu.vector import compiled
 from engine.errors import ConfigError
 from engine.models.spec import ModelSpec
 
@@ -187,7 +189,7 @@ class CpuBackend:
         out = np.empty((tokens, spec.hidden_size), np.float32)
         if not tokens:
             return out
-        p = self._step_params(program.LAYERS, step, self._kv, self._kv[0].nbytes, self._pass.rope)
+        p = self._step_params(program.layers, step, self._kv, self._kv[0].nbytes, self._pass.rope)
         attended = p[P.HEADS] * spec.head_dim
         element = 4 if self._exact else 2
         residual = np.array(x, np.float32, order="C")
@@ -205,19 +207,29 @@ class CpuBackend:
     def _place(self, p: list[int], places: tuple[int, int], name: str, rows: int, stride: int) -> None:
         p[places[0]], p[places[1]] = self._buffers.get(name, rows * stride), stride
 
-    def _step_params(self, op: int, step: Step, kv: np.ndarray, layer_bytes: int, rope: Rope | None) -> list[int]:
+    def _step_params(self, job: Callable[..., None], step: Step, kv: np.ndarray, layer_bytes: int, rope: Rope | None) -> list[int]:
         """kv: the whole pool or one layer of it."""
         spec, p = self._spec, [0] * P.COUNT
         kv_heads, block_len = kv.shape[-3], kv.shape[-2]
         group = spec.num_heads // spec.num_kv_heads
         heads = kv_heads * group
-        p[P.OP], p[P.TOKENS], p[P.EPS], p[P.EXACT] = op, step.batch.num_tokens, _double_bits(spec.rms_norm_eps), int(self._exact)
+        p[P.FUNCTION], p[P.TOKENS], p[P.EPS], p[P.EXACT] = (
+            compiled(job),
+            step.batch.num_tokens,
+            _double_bits(spec.rms_norm_eps),
+            int(self._exact),
+        )
         p[P.HIDDEN], p[P.INTERMEDIATE] = spec.hidden_size, spec.intermediate_size
         p[P.HEADS], p[P.KV_HEADS], p[P.HEAD_DIM] = heads, kv_heads, spec.head_dim
         if rope is not None:
             p[P.COS], p[P.SIN], p[P.HALF] = _address(rope.cos), _address(rope.sin), rope.cos.shape[1]
         p[P.LOGN_LENGTH] = spec.max_position if spec.use_logn_attn else 0
-        p[P.POOL], p[P.POOL_LAYER_BYTES], p[P.BLOCK_LEN], p[P.POOL_EXACT] = _address(kv), layer_bytes, block_len, int(kv.dtype == np.float32)
+        p[P.POOL], p[P.POOL_LAYER_BYTES], p[P.BLOCK_LEN], p[P.POOL_EXACT] = (
+            _address(kv),
+            layer_bytes,
+            block_len,
+            int(kv.dtype == np.float32),
+        )
         p[P.POSITIONS], p[P.SLOTS] = _address(step.positions), _address(step.kv_slots)
         p[P.BLOCK_TABLES], p[P.BLOCK_TABLE_STRIDE] = _address(step.tables), step.tables.strides[0]
         p[P.NUM_SPLITS], p[P.SPLITS] = len(step.splits), _address(step.splits)
@@ -226,7 +238,9 @@ class CpuBackend:
         p[P.PARTIAL] = self._buffers.get("partial", 4 * len(step.splits) * heads * (spec.head_dim + 2))
         exact = kv.dtype == np.float32
         p[P.PIECE_FUNCTION], p[P.SPLIT_FUNCTION] = piece_function(), split_function(spec.head_dim, exact)
-        p[P.PRODUCT_FUNCTION] = matmul.tile_function(matmul.D32 if exact else matmul.D16)
+        p[P.TILE_FUNCTION] = matmul.tile_function(matmul.D32 if exact else matmul.D16)
+        p[P.PRODUCT], p[P.GATE_UP] = compiled(program.product_stage), compiled(program.gate_up_stage)
+        p[P.ROPE_STORE], p[P.ATTEND] = compiled(program.store_stage), compiled(program.attend_stage)
         p[P.SCRATCH_BYTES] = self._scratch_bytes(group)
         p[P.SCRATCH] = self._buffers.get("scratch", p[P.SCRATCH_BYTES] * self._pool.num_threads)
         return p
@@ -247,7 +261,7 @@ class CpuBackend:
         packed = table.packed
         out = np.empty((len(step.ids), packed.in_features), np.float32)
         self._pool.run(
-            program.EMBED, len(step.ids), _address(step.ids), _address(out), out.strides[0], packed.in_features, packed.kind,
+            compiled(program.embed), len(step.ids), _address(step.ids), _address(out), out.strides[0], packed.in_features, packed.kind,
             _address(packed.data), packed.tile_bytes, packed.data.shape[2],
         )  # fmt: skip
         return out
@@ -256,14 +270,14 @@ class CpuBackend:
         x = np.ascontiguousarray(x)
         out = np.empty_like(x)
         rows, count = x.size // x.shape[-1], x.shape[-1]
-        self._pool.run(program.NORM, 0, _double_bits(eps), rows, _address(x), _address(weight), _address(out), count)
+        self._pool.run(compiled(program.norm), rows, _double_bits(eps), _address(x), _address(weight), _address(out), count)
         return out
 
     def add_rms_norm(self, x: Array, residual: Array, weight: np.ndarray, eps: float) -> tuple[Array, Array]:
         x, residual = np.ascontiguousarray(x), np.ascontiguousarray(residual)
         out, total = np.empty_like(x), np.empty_like(x)
         self._pool.run(
-            program.ADD_NORM, 0, _double_bits(eps), len(x), _address(x), _address(residual), _address(total), _address(weight),
+            compiled(program.add_norm), len(x), _double_bits(eps), _address(x), _address(residual), _address(total), _address(weight),
             _address(out), x.shape[-1],
         )  # fmt: skip
         return out, total
@@ -279,7 +293,16 @@ class CpuBackend:
             inputs = self._buffers.get("x", rows * width * 4), width * (4 if self._exact else 2)
             sums = self._buffers.get("sums", rows * packed.chunks * 4), packed.chunks * 4
             self._pool.run(
-                program.LINEAR, int(self._exact), rows, _address(x), x.strides[0], *inputs, *sums, _address(y), y.strides[0], *weight.words
+                compiled(program.linear),
+                int(self._exact),
+                rows,
+                _address(x),
+                x.strides[0],
+                *inputs,
+                *sums,
+                _address(y),
+                y.strides[0],
+                *weight.words,
             )
         return y if packed.out_features == y.shape[1] else np.ascontiguousarray(y[:, : packed.out_features])
 
@@ -288,7 +311,7 @@ class CpuBackend:
 
     def rope_store(self, qkv: Array, step: Step, kv: np.ndarray, rope: Rope, q_norm: Any, k_norm: Any, spec: ModelSpec) -> Array:
         qkv = np.array(qkv, np.float32, order="C")
-        p = self._step_params(program.ROPE_STORE, step, kv, 0, rope)
+        p = self._step_params(program.rope_store, step, kv, 0, rope)
         p[P.QKV], p[P.QKV_STRIDE] = _address(qkv), qkv.strides[0]
         p[P.Q_NORM] = 0 if q_norm is None else _address(q_norm)
         p[P.K_NORM] = 0 if k_norm is None else _address(k_norm)
@@ -298,7 +321,7 @@ class CpuBackend:
     def attention(self, q: Array, step: Step, kv: np.ndarray, window: int) -> Array:
         q = np.ascontiguousarray(q, np.float32)
         out = np.empty((len(q), q.shape[1] * q.shape[2]), np.float32)
-        p = self._step_params(program.ATTENTION, step, kv, 0, None)
+        p = self._step_params(program.attention, step, kv, 0, None)
         p[P.QKV], p[P.QKV_STRIDE], p[P.WINDOW], p[P.ATTENDED] = _address(q), q.strides[0], window, _address(out)
         self._run(p)
         return out
@@ -307,7 +330,7 @@ class CpuBackend:
         gate_up = np.ascontiguousarray(gate_up)
         count = gate_up.shape[1] // 2
         out = np.empty((len(gate_up), count), np.float32)
-        self._pool.run(program.SILU, len(out), _address(gate_up), gate_up.strides[0], _address(out), out.strides[0], count)
+        self._pool.run(compiled(program.silu_mul), len(out), _address(gate_up), gate_up.strides[0], _address(out), out.strides[0], count)
         return out
 
     def take(self, x: Array, indices: np.ndarray) -> Array:

@@ -119,5 +119,3 @@ def put_rows(tid, n, rows, exact, source, source_stride, target, target_stride, 
     """Float32 rows as the activations of the next product."""
     for t in range(tid, rows, n):
         put_row(exact, source + t * source_stride, target + t * target_stride, sums + t * sums_stride, chunks)
-
-

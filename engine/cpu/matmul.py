@@ -37,7 +37,20 @@ from numba import njit
 from engine.cpu.target import FEATURES
 from engine.cpu.threads import aligned, atomic_add, piece_start
 from engine.cpu.vector import (
-    F32, I32, I64, LANES, V_F16, V_F32, V_I8, V_I16X2, V_I32, Emit, Value, caller, compiled, kernel,
+    F32,
+    I32,
+    I64,
+    LANES,
+    V_F16,
+    V_F32,
+    V_I8,
+    V_I16X2,
+    V_I32,
+    Emit,
+    Value,
+    caller,
+    compiled,
+    kernel,
 )  # fmt: skip
 
 W4, W4F, W8, D16, D32 = range(5)
@@ -94,7 +107,9 @@ def _pairs_d16(e: Emit, at: Value, offset: Value) -> Any:
 _PAIRS = {W4: _pairs_w4, W4F: _pairs_w4, W8: _pairs_w8, D16: _pairs_d16}
 
 
-def _chunk_products(e: Emit, kind: int, tiles: list[Value], offset: Value, rows: list[Value], x_offset: Value, acc: list[Value]) -> list[Value]:
+def _chunk_products(
+    e: Emit, kind: int, tiles: list[Value], offset: Value, rows: list[Value], x_offset: Value, acc: list[Value]
+) -> list[Value]:
     """acc[row * tiles + tile] + 32 products of each tile's chunk at `offset` with each row."""
     acc = list(acc)
     if kind == D32:

@@ -26,7 +26,22 @@ from numba import njit
 
 from engine.cpu.kv_store import narrow_vectors
 from engine.cpu.vector import (
-    F32, I16, I32, I64, LANES, V_F32, V_I16, V_I16X2, V_I32, Emit, Value, caller, compiled, f32_at, i32_at, kernel,
+    F32,
+    I16,
+    I32,
+    I64,
+    LANES,
+    V_F32,
+    V_I16,
+    V_I16X2,
+    V_I32,
+    Emit,
+    Value,
+    caller,
+    compiled,
+    f32_at,
+    i32_at,
+    kernel,
 )  # fmt: skip
 
 SPLIT = 256
@@ -160,7 +175,6 @@ def _weigh(exact: bool) -> Any:
 
 _scores_2, _scores_4, _scores_16, _scores_32 = _pair_scores(2), _pair_scores(4), _scores(False), _scores(True)
 _weigh_2, _weigh_4, _weigh_16, _weigh_32 = _pair_weigh(2), _pair_weigh(4), _weigh(False), _weigh(True)
-
 
 
 @kernel("iifi")

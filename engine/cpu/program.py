@@ -1,17 +1,16 @@
-"""What the pool's threads run: one njit function that knows every operation, and the pass over all layers in one call.
+"""What the pool's threads run: one function a job, the largest of them the pass over all layers.
 
-A job is a row of int64 parameters: which operation (`OP`), then addresses, strides in bytes, and counts. `P` names the
-places of the operations that need a step (`LAYERS`, `ROPE_STORE`, `ATTENTION`); the others count their parameters from 1.
-`L` names the words of one layer in the table that `LAYERS` walks; a packed weight is six of them (the address of its
-tile function, data, bias, tiles, chunks, bytes of a tile). Only this file knows the order of operations in a layer; it must not know where parameters come from.
+A job is a row of int64 parameters: the address of its function, then addresses, strides in bytes, and counts. `P` names the
+places for operations on a step (`layers`, `rope_store`, `attention`); the others say theirs in their docstring. `L` names the
+words of one layer in the table that `layers` walks; a packed weight is six of them (the address of its tile function, data,
+bias, tiles, chunks, bytes of a tile). Every operation is compiled on its own, when it is first needed (`compiled`).
 
-Stages of a layer, a barrier between any two:
+Only this file knows the order of operations in a layer; it must not know where parameters come from. Stages of a layer, a
+barrier between any two:
 norm | qkv | rope, K/V store | attention | merge, round | o + residual | norm | gate, up, silu | down + residual
 """
 
 from __future__ import annotations
-
-from enum import IntEnum
 
 import numpy as np
 from numba import njit
@@ -21,16 +20,14 @@ from engine.cpu.kv_store import rope_store_rows
 from engine.cpu.matmul import CHUNK, ROW_BLOCK, call_tile_rows, product, put_row
 from engine.cpu.paged_attention import call_split, empty_split, merge
 from engine.cpu.prefill_attention import call_piece
-from engine.cpu.threads import JOB, STOP, atomic_add, atomic_load, await_job, barrier, clear_claims, next_stage, post_job
-from engine.cpu.vector import f64_at, i32_at, i64_at
-
-LAYERS, LINEAR, NORM, ADD_NORM, SILU, EMBED, ROPE_STORE, ATTENTION = range(1, 9)
+from engine.cpu.threads import STOP, atomic_add, await_job, barrier, clear_claims, next_stage, post_job
+from engine.cpu.vector import caller, f64_at, i32_at, i64_at
 
 
-class P(IntEnum):
+class P:
     """Parameters of the operations on a step."""
 
-    OP = 0
+    FUNCTION = 0
     TOKENS = 1
     EPS = 2  # bits of a float64
     # the model
@@ -86,18 +83,22 @@ class P(IntEnum):
     # compiled functions, by address
     PIECE_FUNCTION = 48
     SPLIT_FUNCTION = 49
-    PRODUCT_FUNCTION = 50  # of the KV dtype
-    COUNT = 51
+    TILE_FUNCTION = 50  # of the KV dtype
+    PRODUCT = 51
+    GATE_UP = 52
+    ROPE_STORE = 53
+    ATTEND = 54
+    COUNT = 55
 
 
-class L(IntEnum):
+class L:
     """Words of one layer."""
 
     INPUT_NORM = 0
     QKV = 1
     Q_NORM = 7
     K_NORM = 8
-    O = 9  # noqa: E741
+    O = 9
     POST_NORM = 15
     GATE_UP = 16
     DOWN = 22
@@ -105,33 +106,107 @@ class L(IntEnum):
     COUNT = 29
 
 
-# njit reads plain ints
-(_TOKENS, _EPS, _EXACT, _HIDDEN, _INTERMEDIATE, _HEADS, _KV_HEADS, _HEAD_DIM, _HALF, _COS, _SIN, _LOGN) = (int(v) for v in list(P)[1:13])
-(_TABLE, _NUM_LAYERS, _FINAL_NORM, _POOL, _POOL_LAYER_BYTES, _BLOCK_LEN, _POOL_EXACT) = (int(v) for v in list(P)[13:20])
-(_POSITIONS, _SLOTS, _TABLES, _TABLE_STRIDE, _NUM_SPLITS, _SPLITS, _NUM_PIECES, _PIECES) = (int(v) for v in list(P)[20:28])
-(_TOKEN_SPLITS, _PARTIAL, _SCRATCH, _SCRATCH_BYTES, _RESIDUAL, _X, _X_STRIDE, _SUMS, _SUMS_STRIDE) = (int(v) for v in list(P)[28:37])
-(_QKV, _QKV_STRIDE, _ATTENDED, _H, _H_STRIDE, _H_SUMS, _H_SUMS_STRIDE, _OUT, _Q_NORM, _K_NORM, _WINDOW) = (int(v) for v in list(P)[37:48])
-_PIECE_FUNCTION, _SPLIT_FUNCTION, _PRODUCT_FUNCTION = (int(v) for v in list(P)[48:51])
-_L_INPUT_NORM, _L_QKV, _L_Q_NORM, _L_K_NORM, _L_O, _L_POST_NORM, _L_GATE_UP, _L_DOWN, _L_WINDOW, _L_COUNT = (int(v) for v in L)
+# njit reads module constants, not attributes of a class
+_TOKENS, _EPS, _EXACT, _HIDDEN, _INTERMEDIATE, _HEADS, _KV_HEADS, _HEAD_DIM = (
+    P.TOKENS,
+    P.EPS,
+    P.EXACT,
+    P.HIDDEN,
+    P.INTERMEDIATE,
+    P.HEADS,
+    P.KV_HEADS,
+    P.HEAD_DIM,
+)
+_HALF, _COS, _SIN, _LOGN_LENGTH, _TABLE, _NUM_LAYERS, _FINAL_NORM, _POOL = (
+    P.HALF,
+    P.COS,
+    P.SIN,
+    P.LOGN_LENGTH,
+    P.TABLE,
+    P.NUM_LAYERS,
+    P.FINAL_NORM,
+    P.POOL,
+)
+_POOL_LAYER_BYTES, _BLOCK_LEN, _POOL_EXACT, _POSITIONS, _SLOTS, _BLOCK_TABLES, _BLOCK_TABLE_STRIDE, _NUM_SPLITS = (
+    P.POOL_LAYER_BYTES,
+    P.BLOCK_LEN,
+    P.POOL_EXACT,
+    P.POSITIONS,
+    P.SLOTS,
+    P.BLOCK_TABLES,
+    P.BLOCK_TABLE_STRIDE,
+    P.NUM_SPLITS,
+)
+_SPLITS, _NUM_PIECES, _PIECES, _TOKEN_SPLITS, _PARTIAL, _SCRATCH, _SCRATCH_BYTES, _RESIDUAL = (
+    P.SPLITS,
+    P.NUM_PIECES,
+    P.PIECES,
+    P.TOKEN_SPLITS,
+    P.PARTIAL,
+    P.SCRATCH,
+    P.SCRATCH_BYTES,
+    P.RESIDUAL,
+)
+_X, _X_STRIDE, _SUMS, _SUMS_STRIDE, _QKV, _QKV_STRIDE, _ATTENDED, _H = (
+    P.X,
+    P.X_STRIDE,
+    P.SUMS,
+    P.SUMS_STRIDE,
+    P.QKV,
+    P.QKV_STRIDE,
+    P.ATTENDED,
+    P.H,
+)
+_H_STRIDE, _H_SUMS, _H_SUMS_STRIDE, _OUT, _Q_NORM, _K_NORM, _WINDOW, _PIECE_FUNCTION = (
+    P.H_STRIDE,
+    P.H_SUMS,
+    P.H_SUMS_STRIDE,
+    P.OUT,
+    P.Q_NORM,
+    P.K_NORM,
+    P.WINDOW,
+    P.PIECE_FUNCTION,
+)
+_SPLIT_FUNCTION, _TILE_FUNCTION, _PRODUCT, _GATE_UP, _ROPE_STORE, _ATTEND = (
+    P.SPLIT_FUNCTION,
+    P.TILE_FUNCTION,
+    P.PRODUCT,
+    P.GATE_UP,
+    P.ROPE_STORE,
+    P.ATTEND,
+)
+_L_INPUT_NORM, _L_QKV, _L_Q_NORM, _L_K_NORM, _L_O, _L_POST_NORM, _L_GATE_UP, _L_DOWN = (
+    L.INPUT_NORM,
+    L.QKV,
+    L.Q_NORM,
+    L.K_NORM,
+    L.O,
+    L.POST_NORM,
+    L.GATE_UP,
+    L.DOWN,
+)
+_L_WINDOW, _L_COUNT = L.WINDOW, L.COUNT
 
 
-@njit(nogil=True)
-def _rope_store(p, tid, n, pool, q_norm, k_norm):  # type: ignore[no-untyped-def]
+call_rope_store = caller(6)
+call_attend = caller(5)
+call_gate_up = caller(8)
+call_product = caller(16)
+call_job = caller(4)
+
+
+def store_stage(params, tid, n, pool, q_norm, k_norm):  # type: ignore[no-untyped-def]
+    p = i64_at(params)
     rope_store_rows(
         tid, n, p[_TOKENS], p[_QKV], p[_QKV_STRIDE], p[_HEADS], p[_KV_HEADS], p[_HEAD_DIM], p[_POSITIONS], p[_SLOTS],
-        p[_COS], p[_SIN], p[_HALF], q_norm, k_norm, np.float32(f64_at(_address(p, _EPS))[0]), p[_LOGN], pool, p[_BLOCK_LEN], p[_POOL_EXACT],
+        p[_COS], p[_SIN], p[_HALF], q_norm, k_norm, np.float32(f64_at(params)[_EPS]), p[_LOGN_LENGTH], pool, p[_BLOCK_LEN],
+        p[_POOL_EXACT],
     )  # fmt: skip
 
 
-@njit(nogil=True)
-def _address(p, index):  # type: ignore[no-untyped-def]
-    """Of a parameter: the words before hold the address of the first (see `serve`)."""
-    return p[-1] + 8 * index
-
-
-@njit(nogil=True)
-def _attention(p, tid, claim, pool, window):  # type: ignore[no-untyped-def]
+def attend_stage(params, tid, claim, pool, window):  # type: ignore[no-untyped-def]
     """Pieces (several tokens) first, they take longest; then splits of single tokens."""
+    p = i64_at(params)
     kv_heads, heads, head_dim = p[_KV_HEADS], p[_HEADS], p[_HEAD_DIM]
     scratch = p[_SCRATCH] + tid * p[_SCRATCH_BYTES]
     pieces, splits = i32_at(p[_PIECES]), i32_at(p[_SPLITS])
@@ -146,7 +221,7 @@ def _attention(p, tid, claim, pool, window):  # type: ignore[no-untyped-def]
             at, kv_head = 4 * (item // kv_heads), item % kv_heads
             row, first, tokens, position = pieces[at], pieces[at + 1], pieces[at + 2], pieces[at + 3]
             call_piece(
-                p[_PIECE_FUNCTION], p[_PRODUCT_FUNCTION], p[_QKV] + first * p[_QKV_STRIDE], p[_QKV_STRIDE], tokens, position, pool, p[_TABLES] + row * p[_TABLE_STRIDE],
+                p[_PIECE_FUNCTION], p[_TILE_FUNCTION], p[_QKV] + first * p[_QKV_STRIDE], p[_QKV_STRIDE], tokens, position, pool, p[_BLOCK_TABLES] + row * p[_BLOCK_TABLE_STRIDE],
                 window, kv_head, heads, kv_heads, head_dim, p[_BLOCK_LEN], p[_POOL_EXACT], scratch,
                 p[_ATTENDED] + first * out_stride, out_stride,
             )  # fmt: skip
@@ -160,9 +235,13 @@ def _attention(p, tid, claim, pool, window):  # type: ignore[no-untyped-def]
             empty_split(kv_head, heads // kv_heads, head_dim, partial)
             continue
         call_split(
-            p[_SPLIT_FUNCTION], p[_QKV] + token * p[_QKV_STRIDE], pool, p[_TABLES] + row * p[_TABLE_STRIDE], begin, stop, kv_head, heads,
+            p[_SPLIT_FUNCTION], p[_QKV] + token * p[_QKV_STRIDE], pool, p[_BLOCK_TABLES] + row * p[_BLOCK_TABLE_STRIDE], begin, stop, kv_head, heads,
             kv_heads, head_dim, p[_BLOCK_LEN], scratch, partial,
         )  # fmt: skip
+
+
+def product_stage(claim, n, tile_function, w, bias, tiles, chunks, tile_bytes, x, x_stride, sums, sums_stride, y, y_stride, add, num_rows):  # type: ignore[no-untyped-def]
+    product(claim, n, tile_function, w, bias, tiles, chunks, tile_bytes, x, x_stride, sums, sums_stride, y, y_stride, add, num_rows)
 
 
 @njit(nogil=True)
@@ -176,9 +255,9 @@ def _merge(p, tid, n):  # type: ignore[no-untyped-def]
             merge(p[_PARTIAL] + first * 4 * heads * (head_dim + 2), splits, heads, head_dim, p[_ATTENDED] + t * 4 * heads * head_dim)
 
 
-@njit(nogil=True)
-def _gate_up(p, tid, claim, tile_function, w, bias, chunks, tile_bytes):  # type: ignore[no-untyped-def]
+def gate_up_stage(params, tid, claim, tile_function, w, bias, chunks, tile_bytes):  # type: ignore[no-untyped-def]
     """H = silu(gate) * up, 32 columns of up to ROW_BLOCK rows at a time; gate and up go no further than the scratch."""
+    p = i64_at(params)
     tokens, exact = p[_TOKENS], p[_EXACT]
     up_tile = p[_INTERMEDIATE] // 16
     columns = p[_INTERMEDIATE] // CHUNK
@@ -206,123 +285,125 @@ def _gate_up(p, tid, claim, tile_function, w, bias, chunks, tile_bytes):  # type
 
 
 @njit(nogil=True)
-def _norm_put(p, tid, n, weight, scratch):  # type: ignore[no-untyped-def]
+def _norm_put(p, tid, n, weight, scratch, eps):  # type: ignore[no-untyped-def]
     """X = rms_norm(RESIDUAL)."""
     hidden = p[_HIDDEN]
-    eps = np.float32(f64_at(_address(p, _EPS))[0])
     for t in range(tid, p[_TOKENS], n):
         norm_row(p[_RESIDUAL] + t * 4 * hidden, weight, scratch, hidden, eps)
         put_row(p[_EXACT], scratch, p[_X] + t * p[_X_STRIDE], p[_SUMS] + t * p[_SUMS_STRIDE], hidden // CHUNK)
 
 
-@njit(nogil=True)
-def _layers(ctrl, p, tid, n):  # type: ignore[no-untyped-def]
+def layers(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
+    """All layers and the final norm: RESIDUAL -> OUT."""
+    p = i64_at(params)
+    eps = np.float32(f64_at(params)[_EPS])
     tokens, hidden, attended = p[_TOKENS], p[_HIDDEN], p[_HEADS] * p[_HEAD_DIM]
     scratch = p[_SCRATCH] + tid * p[_SCRATCH_BYTES]
     stage = 0
     for index in range(p[_NUM_LAYERS]):
         w = i64_at(p[_TABLE] + 8 * _L_COUNT * index)
         pool = p[_POOL] + index * p[_POOL_LAYER_BYTES]
-        _norm_put(p, tid, n, w[_L_INPUT_NORM], scratch)
+        _norm_put(p, tid, n, w[_L_INPUT_NORM], scratch, eps)
         stage += 1
         claim = next_stage(ctrl, tid, n, stage)
-        product(
-            claim, n, w[_L_QKV], w[_L_QKV + 1], w[_L_QKV + 2], w[_L_QKV + 3], w[_L_QKV + 4], w[_L_QKV + 5], p[_X], p[_X_STRIDE], p[_SUMS],
+        call_product(
+            p[_PRODUCT], claim, n, w[_L_QKV], w[_L_QKV + 1], w[_L_QKV + 2], w[_L_QKV + 3], w[_L_QKV + 4], w[_L_QKV + 5], p[_X], p[_X_STRIDE], p[_SUMS],
             p[_SUMS_STRIDE], p[_QKV], p[_QKV_STRIDE], 0, tokens,
         )  # fmt: skip
         barrier(ctrl, tid, n)
-        _rope_store(p, tid, n, pool, w[_L_Q_NORM], w[_L_K_NORM])
+        call_rope_store(p[_ROPE_STORE], params, tid, n, pool, w[_L_Q_NORM], w[_L_K_NORM])
         stage += 1
         claim = next_stage(ctrl, tid, n, stage)
-        _attention(p, tid, claim, pool, w[_L_WINDOW])
+        call_attend(p[_ATTEND], params, tid, claim, pool, w[_L_WINDOW])
         barrier(ctrl, tid, n)
         _merge(p, tid, n)
         put_rows(tid, n, tokens, p[_EXACT], p[_ATTENDED], 4 * attended, p[_X], p[_X_STRIDE], p[_SUMS], p[_SUMS_STRIDE], attended // CHUNK)
         stage += 1
         claim = next_stage(ctrl, tid, n, stage)
-        product(
-            claim, n, w[_L_O], w[_L_O + 1], w[_L_O + 2], w[_L_O + 3], w[_L_O + 4], w[_L_O + 5], p[_X], p[_X_STRIDE], p[_SUMS],
+        call_product(
+            p[_PRODUCT], claim, n, w[_L_O], w[_L_O + 1], w[_L_O + 2], w[_L_O + 3], w[_L_O + 4], w[_L_O + 5], p[_X], p[_X_STRIDE], p[_SUMS],
             p[_SUMS_STRIDE], p[_RESIDUAL], 4 * hidden, 1, tokens,
         )  # fmt: skip
         barrier(ctrl, tid, n)
-        _norm_put(p, tid, n, w[_L_POST_NORM], scratch)
+        _norm_put(p, tid, n, w[_L_POST_NORM], scratch, eps)
         stage += 1
         claim = next_stage(ctrl, tid, n, stage)
-        _gate_up(p, tid, claim, w[_L_GATE_UP], w[_L_GATE_UP + 1], w[_L_GATE_UP + 2], w[_L_GATE_UP + 4], w[_L_GATE_UP + 5])
+        call_gate_up(
+            p[_GATE_UP], params, tid, claim, w[_L_GATE_UP], w[_L_GATE_UP + 1], w[_L_GATE_UP + 2], w[_L_GATE_UP + 4], w[_L_GATE_UP + 5]
+        )
         stage += 1
         claim = next_stage(ctrl, tid, n, stage)
-        product(
-            claim, n, w[_L_DOWN], w[_L_DOWN + 1], w[_L_DOWN + 2], w[_L_DOWN + 3], w[_L_DOWN + 4], w[_L_DOWN + 5], p[_H], p[_H_STRIDE], p[_H_SUMS],
+        call_product(
+            p[_PRODUCT], claim, n, w[_L_DOWN], w[_L_DOWN + 1], w[_L_DOWN + 2], w[_L_DOWN + 3], w[_L_DOWN + 4], w[_L_DOWN + 5], p[_H], p[_H_STRIDE], p[_H_SUMS],
             p[_H_SUMS_STRIDE], p[_RESIDUAL], 4 * hidden, 1, tokens,
         )  # fmt: skip
         barrier(ctrl, tid, n)
-    eps = np.float32(f64_at(_address(p, _EPS))[0])
     norm_rows(tid, n, tokens, p[_RESIDUAL], 4 * hidden, p[_FINAL_NORM], p[_OUT], 4 * hidden, hidden, eps)
 
 
-@njit(nogil=True)
-def _linear(ctrl, p, tid, n):  # type: ignore[no-untyped-def]
+def linear(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
     """1 exact, 2 rows, 3 source, 4 its stride, 5 x, 6 stride, 7 sums, 8 stride, 9 y, 10 stride, 11 weight (6 words)."""
+    p = i64_at(params)
     put_rows(tid, n, p[2], p[1], p[3], p[4], p[5], p[6], p[7], p[8], p[15])
     claim = next_stage(ctrl, tid, n, 1)
     product(claim, n, p[11], p[12], p[13], p[14], p[15], p[16], p[5], p[6], p[7], p[8], p[9], p[10], 0, p[2])
 
 
-@njit(nogil=True)
-def _embed(p, tid, n):  # type: ignore[no-untyped-def]
+def norm(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
+    """1 rows, 2 eps (bits), 3 x, 4 weight, 5 out, 6 count."""
+    p = i64_at(params)
+    norm_rows(tid, n, p[1], p[3], 4 * p[6], p[4], p[5], 4 * p[6], p[6], np.float32(f64_at(params)[_EPS]))
+
+
+def add_norm(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
+    """1 rows, 2 eps (bits), 3 x, 4 residual, 5 total, 6 weight, 7 out, 8 count."""
+    p = i64_at(params)
+    add_norm_rows(tid, n, p[1], p[3], p[4], p[5], p[6], p[7], 4 * p[8], p[8], np.float32(f64_at(params)[_EPS]))
+
+
+def silu_mul(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
+    """1 rows, 2 gate_up, 3 its stride, 4 out, 5 its stride, 6 count."""
+    p = i64_at(params)
+    silu_rows(tid, n, p[1], p[2], p[3], p[4], p[5], p[6])
+
+
+def embed(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
     """1 tokens, 2 ids, 3 out, 4 its stride, 5 count, 6 kind, 7 data, 8 bytes of a tile, 9 bytes of a chunk."""
+    p = i64_at(params)
     ids = i32_at(p[2])
     for t in range(tid, p[1], n):
         embed_row(p[6], p[7], p[8], p[9], ids[t], p[3] + t * p[4], p[5])
 
 
-@njit(nogil=True)
-def _step_attention(ctrl, p, tid, n):  # type: ignore[no-untyped-def]
+def rope_store(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
+    """One layer: QKV in place, K and V to POOL."""
+    p = i64_at(params)
+    call_rope_store(p[_ROPE_STORE], params, tid, n, p[_POOL], p[_Q_NORM], p[_K_NORM])
+
+
+def attention(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
+    """One layer: QKV (its q) -> ATTENDED."""
+    p = i64_at(params)
     claim = next_stage(ctrl, tid, n, 1)
-    _attention(p, tid, claim, p[_POOL], p[_WINDOW])
+    call_attend(p[_ATTEND], params, tid, claim, p[_POOL], p[_WINDOW])
     barrier(ctrl, tid, n)
     _merge(p, tid, n)
 
 
-@njit(nogil=True)
-def _execute(ctrl, p, tid, n):  # type: ignore[no-untyped-def]
-    op = p[0]
-    if op == LAYERS:
-        _layers(ctrl, p, tid, n)
-    elif op == LINEAR:
-        _linear(ctrl, p, tid, n)
-    elif op == NORM:  # 1 eps place unused, 3 rows, 4 x, 5 weight, 6 out, 7 count
-        eps = np.float32(f64_at(_address(p, _EPS))[0])
-        norm_rows(tid, n, p[3], p[4], 4 * p[7], p[5], p[6], 4 * p[7], p[7], eps)
-    elif op == ADD_NORM:  # 3 rows, 4 x, 5 residual, 6 total, 7 weight, 8 out, 9 count
-        eps = np.float32(f64_at(_address(p, _EPS))[0])
-        add_norm_rows(tid, n, p[3], p[4], p[5], p[6], p[7], p[8], 4 * p[9], p[9], eps)
-    elif op == SILU:  # 1 rows, 2 gate_up, 3 its stride, 4 out, 5 its stride, 6 count
-        silu_rows(tid, n, p[1], p[2], p[3], p[4], p[5], p[6])
-    elif op == EMBED:
-        _embed(p, tid, n)
-    elif op == ROPE_STORE:
-        _rope_store(p, tid, n, p[_POOL], p[_Q_NORM], p[_K_NORM])
-    elif op == ATTENTION:
-        _step_attention(ctrl, p, tid, n)
-    barrier(ctrl, tid, n)
-
-
 @njit("void(int64, int64, int64, int64)", nogil=True, cache=True)
 def serve(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
-    """Thread 0: post the job in `params`, do a share, return when all have. Others: jobs until the stop.
-
-    params[0] holds its own address, which njit code cannot take; the job's parameters begin at params[1].
-    """
-    p = i64_at(params + 8)
+    """Thread 0: post the job in `params`, do a share, return when all have. Others: jobs until the stop."""
+    p = i64_at(params)
     if tid == 0:
         clear_claims(ctrl)
         post_job(ctrl, 1)
-        _execute(ctrl, p, 0, n)
+        call_job(p[0], ctrl, params, 0, n)
+        barrier(ctrl, 0, n)
         return
     seen = 0
     while True:
         seen = await_job(ctrl, seen)
         if seen >= STOP:
             return
-        _execute(ctrl, p, tid, n)
+        call_job(p[0], ctrl, params, tid, n)
+        barrier(ctrl, tid, n)

@@ -183,9 +183,8 @@ class Pool:
     def __init__(self, num_threads: int, serve: Serve, num_params: int) -> None:
         self.num_threads = num_threads
         self._serve = serve
-        self._params = aligned(1 + num_params, np.int64)
+        self._params = aligned(num_params, np.int64)
         self._params[:] = 0
-        self._params[0] = self._params.ctypes.data + 8
         block = aligned(PASSED + 8 * num_threads, np.int64)
         block[:] = 0
         self._addresses = (block.ctypes.data, self._params.ctypes.data)
@@ -199,11 +198,11 @@ class Pool:
         self._stop = weakref.finalize(self, _end, block, workers)
 
     def run(self, *params: int) -> None:
-        """One job, params[0] telling which; returns when every thread is done."""
+        """One job, params[0] the address of its function; returns when every thread is done."""
         with self._lock:
             if not self._stop.alive:
                 raise RuntimeError("The pool of CPU threads is closed.")
-            self._params[1 : 1 + len(params)] = params
+            self._params[: len(params)] = params
             self._serve(*self._addresses, 0, self.num_threads)
 
     def close(self) -> None:

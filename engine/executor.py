@@ -271,8 +271,8 @@ def _nothing() -> None:
     """The default `on_error`."""
 
 
-def _set_start(ready: asyncio.Future[int], num_blocks: int) -> None:
-    if not ready.done():
+def _set_start(ready: asyncio.Future[int] | None, num_blocks: int) -> None:
+    if ready is not None and not ready.done():
         ready.set_result(num_blocks)
 
 

@@ -143,6 +143,7 @@ class Engine:
         self._in_flight: deque[StepPlan] = deque()
         self._last_progress_s = time.monotonic()
         self._finish_times: deque[float] = deque(maxlen=64)
+        self._waiting_tokens_now: int | None = None  # kept for the submits between two turns: summing is linear in the queue
         self._wakeup = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -228,6 +229,8 @@ class Engine:
             salt=salt,
         )
         self.scheduler.add(sequence)
+        if self._waiting_tokens_now is not None:
+            self._waiting_tokens_now += len(prompt_ids)
         generation = Generation(self, sequence)
         self._generations[sequence.id] = generation
         self._keys[sequence.id] = key
@@ -240,6 +243,7 @@ class Engine:
         """End a sequence now (STOP: the API saw a stop string); unknown and finished ones are left alone."""
         if sequence_id in self._generations and self.status is not EngineStatus.DEAD:
             event = self.scheduler.abort(sequence_id, reason)
+            self._waiting_tokens_now = None
             if event is not None:
                 self._deliver([event])
             self._wakeup.set()
@@ -303,7 +307,9 @@ class Engine:
             raise QueueFull(f"{waiting} prompt tokens already wait, the bound is {most}; try again later.", self._retry_after_s())
 
     def _waiting_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.scheduler.waiting)
+        if self._waiting_tokens_now is None:
+            self._waiting_tokens_now = sum(s.num_tokens for s in self.scheduler.waiting)
+        return self._waiting_tokens_now
 
     def _retry_after_s(self) -> int:
         """Seconds until about one sequence more has finished, from the finishes seen last; 1..60."""
@@ -336,6 +342,7 @@ class Engine:
         if self._executor.error is not None:
             raise self._executor.error
         now = time.monotonic()
+        self._waiting_tokens_now = None
         self._deliver(self.scheduler.expire(now))
         while len(self._in_flight) < STEPS_IN_FLIGHT and (plan := self.scheduler.plan(now)) is not None:
             self._executor.send(plan)

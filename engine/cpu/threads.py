@@ -32,7 +32,7 @@ from engine.cpu.vector import I32, I64, PTR, Emit, Value, i64_at, kernel
 
 JOB, BARRIER, SLEEPERS, CLAIMS, PASSED = 0, 8, 16, 24, 56
 STOP = 1 << 40
-SPINS_BEFORE_YIELD = 2000
+SPINS_BEFORE_YIELD = 20000
 SPINS_BEFORE_SLEEP = 3000  # about 60 us on a 4.5 GHz Zen 5: longer than the gap between two calls of one step
 Serve = Callable[[int, int, int, int], None]
 FUTEX_WAIT, FUTEX_WAKE = 128, 129  # private to the process

@@ -106,7 +106,7 @@ class CpuBackend:
             raise ConfigError(f"engine.num_threads = {num_threads} is not in 1 .. {MAX_THREADS}.")
         self._spec = spec
         self._exact = dtype == "float32"
-        self._pool = Pool(num_threads, program.serve, P.COUNT)
+        self._pool = Pool(num_threads, program.serve, program.STAGES_OF_A_LAYER * spec.num_layers + 4)
         self._buffers = Buffers()
         self._pass: Pass | None = None
         self._kv: np.ndarray | None = None
@@ -239,6 +239,8 @@ class CpuBackend:
         exact = kv.dtype == np.float32
         p[P.PIECE_FUNCTION], p[P.SPLIT_FUNCTION] = piece_function(), split_function(spec.head_dim, exact)
         p[P.TILE_FUNCTION] = matmul.tile_function(matmul.D32 if exact else matmul.D16)
+        p[P.STAGES] = program.STAGES_OF_A_LAYER * spec.num_layers + 1 if job is program.layers else 2
+        p[P.NORM_STAGE], p[P.MERGE] = compiled(program.norm_stage), compiled(program.merge_stage)
         p[P.PRODUCT], p[P.GATE_UP] = compiled(program.product_stage), compiled(program.gate_up_stage)
         p[P.ROPE_STORE], p[P.ATTEND] = compiled(program.store_stage), compiled(program.attend_stage)
         p[P.SCRATCH_BYTES] = self._scratch_bytes(group)
@@ -261,7 +263,7 @@ class CpuBackend:
         packed = table.packed
         out = np.empty((len(step.ids), packed.in_features), np.float32)
         self._pool.run(
-            compiled(program.embed), len(step.ids), _address(step.ids), _address(out), out.strides[0], packed.in_features, packed.kind,
+            compiled(program.embed), 1, len(step.ids), _address(step.ids), _address(out), out.strides[0], packed.in_features, packed.kind,
             _address(packed.data), packed.tile_bytes, packed.data.shape[2],
         )  # fmt: skip
         return out
@@ -270,14 +272,14 @@ class CpuBackend:
         x = np.ascontiguousarray(x)
         out = np.empty_like(x)
         rows, count = x.size // x.shape[-1], x.shape[-1]
-        self._pool.run(compiled(program.norm), rows, _double_bits(eps), _address(x), _address(weight), _address(out), count)
+        self._pool.run(compiled(program.norm), 1, _double_bits(eps), rows, _address(x), _address(weight), _address(out), count)
         return out
 
     def add_rms_norm(self, x: Array, residual: Array, weight: np.ndarray, eps: float) -> tuple[Array, Array]:
         x, residual = np.ascontiguousarray(x), np.ascontiguousarray(residual)
         out, total = np.empty_like(x), np.empty_like(x)
         self._pool.run(
-            compiled(program.add_norm), len(x), _double_bits(eps), _address(x), _address(residual), _address(total), _address(weight),
+            compiled(program.add_norm), 1, _double_bits(eps), len(x), _address(x), _address(residual), _address(total), _address(weight),
             _address(out), x.shape[-1],
         )  # fmt: skip
         return out, total
@@ -293,8 +295,7 @@ class CpuBackend:
             inputs = self._buffers.get("x", rows * width * 4), width * (4 if self._exact else 2)
             sums = self._buffers.get("sums", rows * packed.chunks * 4), packed.chunks * 4
             self._pool.run(
-                compiled(program.linear),
-                int(self._exact),
+                compiled(program.linear), 2,
                 rows,
                 _address(x),
                 x.strides[0],
@@ -302,8 +303,7 @@ class CpuBackend:
                 *sums,
                 _address(y),
                 y.strides[0],
-                *weight.words,
-            )
+                *weight.words, int(self._exact))
         return y if packed.out_features == y.shape[1] else np.ascontiguousarray(y[:, : packed.out_features])
 
     def logits(self, x: Array, weight: Linear) -> Array:
@@ -330,7 +330,7 @@ class CpuBackend:
         gate_up = np.ascontiguousarray(gate_up)
         count = gate_up.shape[1] // 2
         out = np.empty((len(gate_up), count), np.float32)
-        self._pool.run(compiled(program.silu_mul), len(out), _address(gate_up), gate_up.strides[0], _address(out), out.strides[0], count)
+        self._pool.run(compiled(program.silu_mul), 1, len(out), _address(gate_up), gate_up.strides[0], _address(out), out.strides[0], count)
         return out
 
     def take(self, x: Array, indices: np.ndarray) -> Array:

@@ -1,6 +1,6 @@
 """Row by row operations: `rms_norm`, `embed`, `silu_mul` of reference.py. Addresses in, float32 throughout.
 
-Work split: rows over the threads (row t belongs to thread t % n); each row is done by one thread in a fixed order.
+Work split: each operation is one stage (threads.py), its items are rows; a row is done by one thread in a fixed order.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from llvmlite import ir
 from numba import njit
 
 from engine.cpu.matmul import CHUNK, D16, D32, W4, W4F, W8, put_row
+from engine.cpu.threads import atomic_add, finish, rows_at_once
 from engine.cpu.vector import F16, F32, I8, I64, LANES, V_F32, Emit, Value, f32_at, i32_at, kernel
 
 FAST_SUM = {"reassoc", "contract", "nsz"}
@@ -30,19 +31,35 @@ def norm_row(x, weight, out, count, eps):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def norm_rows(tid, n, rows, x, x_stride, weight, out, out_stride, count, eps):  # type: ignore[no-untyped-def]
-    for t in range(tid, rows, n):
-        norm_row(x + t * x_stride, weight, out + t * out_stride, count, eps)
+def norm_rows(stage, n, rows, x, x_stride, weight, out, out_stride, count, eps):  # type: ignore[no-untyped-def]
+    done, chunk = 0, rows_at_once(rows, n)
+    while True:
+        begin = atomic_add(stage, chunk)
+        if begin >= rows:
+            break
+        stop = min(rows, begin + chunk)
+        done += stop - begin
+        for t in range(begin, stop):
+            norm_row(x + t * x_stride, weight, out + t * out_stride, count, eps)
+    finish(stage, done, rows)
 
 
 @njit(nogil=True)
-def add_norm_rows(tid, n, rows, x, residual, total, weight, out, stride, count, eps):  # type: ignore[no-untyped-def]
+def add_norm_rows(stage, n, rows, x, residual, total, weight, out, stride, count, eps):  # type: ignore[no-untyped-def]
     """total = x + residual; out = rms_norm(total)."""
-    for t in range(tid, rows, n):
-        a, b, c = f32_at(x + t * stride), f32_at(residual + t * stride), f32_at(total + t * stride)
-        for i in range(count):
-            c[i] = a[i] + b[i]
-        norm_row(total + t * stride, weight, out + t * stride, count, eps)
+    done, chunk = 0, rows_at_once(rows, n)
+    while True:
+        begin = atomic_add(stage, chunk)
+        if begin >= rows:
+            break
+        stop = min(rows, begin + chunk)
+        done += stop - begin
+        for t in range(begin, stop):
+            a, b, c = f32_at(x + t * stride), f32_at(residual + t * stride), f32_at(total + t * stride)
+            for i in range(count):
+                c[i] = a[i] + b[i]
+            norm_row(total + t * stride, weight, out + t * stride, count, eps)
+    finish(stage, done, rows)
 
 
 @kernel("iiii")
@@ -56,14 +73,22 @@ def silu_vectors(e: Emit, gate: Value, up: Value, out: Value, vectors: Value) ->
 
 
 @njit(nogil=True)
-def silu_rows(tid, n, rows, gate_up, stride, out, out_stride, count):  # type: ignore[no-untyped-def]
+def silu_rows(stage, n, rows, gate_up, stride, out, out_stride, count):  # type: ignore[no-untyped-def]
     """[T, gate | up] -> [T, count]."""
-    for t in range(tid, rows, n):
-        gate, target = gate_up + t * stride, out + t * out_stride
-        silu_vectors(gate, gate + 4 * count, target, count // 16)
-        g, u, o = f32_at(gate), f32_at(gate + 4 * count), f32_at(target)
-        for i in range(count // 16 * 16, count):
-            o[i] = g[i] / (np.float32(1.0) + np.float32(math.exp(-g[i]))) * u[i]
+    done, chunk = 0, rows_at_once(rows, n)
+    while True:
+        begin = atomic_add(stage, chunk)
+        if begin >= rows:
+            break
+        stop = min(rows, begin + chunk)
+        done += stop - begin
+        for t in range(begin, stop):
+            gate, target = gate_up + t * stride, out + t * out_stride
+            silu_vectors(gate, gate + 4 * count, target, count // 16)
+            g, u, o = f32_at(gate), f32_at(gate + 4 * count), f32_at(target)
+            for i in range(count // 16 * 16, count):
+                o[i] = g[i] / (np.float32(1.0) + np.float32(math.exp(-g[i]))) * u[i]
+    finish(stage, done, rows)
 
 
 @kernel("i", "f")
@@ -115,7 +140,15 @@ def embed_row(kind, data, tile_bytes, chunk_bytes, index, out, count):  # type: 
 
 
 @njit(nogil=True)
-def put_rows(tid, n, rows, exact, source, source_stride, target, target_stride, sums, sums_stride, chunks):  # type: ignore[no-untyped-def]
+def put_rows(stage, n, rows, exact, source, source_stride, target, target_stride, sums, sums_stride, chunks):  # type: ignore[no-untyped-def]
     """Float32 rows as the activations of the next product."""
-    for t in range(tid, rows, n):
-        put_row(exact, source + t * source_stride, target + t * target_stride, sums + t * sums_stride, chunks)
+    done, chunk = 0, rows_at_once(rows, n)
+    while True:
+        begin = atomic_add(stage, chunk)
+        if begin >= rows:
+            break
+        stop = min(rows, begin + chunk)
+        done += stop - begin
+        for t in range(begin, stop):
+            put_row(exact, source + t * source_stride, target + t * target_stride, sums + t * sums_stride, chunks)
+    finish(stage, done, rows)

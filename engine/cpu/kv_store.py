@@ -4,7 +4,7 @@
     pool  one layer, [num_blocks, 2, kv_heads, block_seq_len, head_dim]: bfloat16 (as uint16) or float32
     cos, sin  float32 [max_position, rotary_dim / 2]
 
-Work split: tokens over the threads.
+Work split: one stage (threads.py), its items are tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 
 from engine.cpu.elementwise import norm_row
+from engine.cpu.threads import atomic_add, finish, rows_at_once
 from engine.cpu.vector import I32, I64, V_F32, Emit, Value, f32_at, i32_at, i64_at, kernel, u16_at
 
 
@@ -59,28 +60,36 @@ def store_head(x, pool, index, head_dim, exact):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def rope_store_rows(
-    tid, n, tokens, qkv, stride, heads, kv_heads, head_dim, positions, slots, cos, sin, half, q_norm, k_norm, eps, logn_length,
+    stage, n, tokens, qkv, stride, heads, kv_heads, head_dim, positions, slots, cos, sin, half, q_norm, k_norm, eps, logn_length,
     pool, block_len, exact,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """q_norm, k_norm: addresses of float32 [head_dim] weights, 0 without. logn_length: trained length, 0 without."""
     position_of, slot_of = i32_at(positions), i64_at(slots)
-    for t in range(tid, tokens, n):
-        position, slot = position_of[t], slot_of[t]
-        row = qkv + t * stride
-        angle = 4 * position * half
-        for h in range(heads + kv_heads):
-            x = row + 4 * h * head_dim
-            weight = q_norm if h < heads else k_norm
-            if weight != 0:
-                norm_row(x, weight, x, head_dim, eps)
-            rotate_head(x, cos + angle, sin + angle, half)
-        if logn_length > 0 and position + 1 > logn_length:
-            factor = np.float32(math.log(position + 1.0) / math.log(float(logn_length)))
-            q = f32_at(row)
-            for i in range(heads * head_dim):
-                q[i] *= factor
-        block, offset = slot // block_len, slot % block_len
-        for h in range(kv_heads):
-            for kind in range(2):
-                index = (((block * 2 + kind) * kv_heads + h) * block_len + offset) * head_dim
-                store_head(row + 4 * (heads + kind * kv_heads + h) * head_dim, pool, index, head_dim, exact)
+    done, chunk = 0, rows_at_once(tokens, n)
+    while True:
+        begin = atomic_add(stage, chunk)
+        if begin >= tokens:
+            break
+        stop = min(tokens, begin + chunk)
+        done += stop - begin
+        for t in range(begin, stop):
+            position, slot = position_of[t], slot_of[t]
+            row = qkv + t * stride
+            angle = 4 * position * half
+            for h in range(heads + kv_heads):
+                x = row + 4 * h * head_dim
+                weight = q_norm if h < heads else k_norm
+                if weight != 0:
+                    norm_row(x, weight, x, head_dim, eps)
+                rotate_head(x, cos + angle, sin + angle, half)
+            if logn_length > 0 and position + 1 > logn_length:
+                factor = np.float32(math.log(position + 1.0) / math.log(float(logn_length)))
+                q = f32_at(row)
+                for i in range(heads * head_dim):
+                    q[i] *= factor
+            block, offset = slot // block_len, slot % block_len
+            for h in range(kv_heads):
+                for kind in range(2):
+                    index = (((block * 2 + kind) * kv_heads + h) * block_len + offset) * head_dim
+                    store_head(row + 4 * (heads + kind * kv_heads + h) * head_dim, pool, index, head_dim, exact)
+    finish(stage, done, tokens)

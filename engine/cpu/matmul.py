@@ -35,7 +35,7 @@ from llvmlite import ir
 from numba import njit
 
 from engine.cpu.target import FEATURES
-from engine.cpu.threads import aligned, atomic_add, piece_start
+from engine.cpu.threads import aligned, atomic_add, finish, piece_start
 from engine.cpu.vector import (
     F32,
     I32,
@@ -257,30 +257,28 @@ def tile_function(kind: int) -> int:
 
 
 @njit(nogil=True)
-def product(claim, n, tile_function, w, bias, tiles, chunks, tile_bytes, x, x_stride, sums, sums_stride, y, y_stride, add, num_rows):  # type: ignore[no-untyped-def]
-    """This thread's pieces of y (+)= x @ w.T + bias: claimed as (row block, a few tiles)."""
+def product(stage, n, tile_function, w, bias, tiles, chunks, tile_bytes, x, x_stride, sums, sums_stride, y, y_stride, add, num_rows):  # type: ignore[no-untyped-def]
+    """A stage: y (+)= x @ w.T + bias. An item is a tile for a block of rows; the same tiles for block after block."""
     blocks = (num_rows + ROW_BLOCK - 1) // ROW_BLOCK
-    items = tiles * blocks
+    items, done = tiles * blocks, 0
     least = 1 if num_rows < 8 else 2 if blocks == 1 else 4
     while True:
-        piece = atomic_add(claim, 1)
-        item = piece_start(piece, items, n, least)
-        stop = piece_start(piece + 1, items, n, least)
+        piece = atomic_add(stage, 1)
+        item, stop = piece_start(piece, items, n, least), piece_start(piece + 1, items, n, least)
         if item >= items:
-            return
+            break
+        done += stop - item
         while item < stop:
             block = item // tiles
-            first = block * ROW_BLOCK
-            rows = min(ROW_BLOCK, num_rows - first)
-            until = min(stop, (block + 1) * tiles)
-            while item < until:
-                tile = item - block * tiles
-                together = min(2, until - item)
-                call_tile_rows(
-                    tile_function, w + tile * tile_bytes, together, tile_bytes, x + first * x_stride, x_stride, sums + first * sums_stride, sums_stride,
-                    bias + tile * 64, y + first * y_stride + tile * 64, y_stride, chunks, add, rows,
-                )  # fmt: skip
-                item += together
+            first, tile = block * ROW_BLOCK, item - block * tiles
+            together = min(2, stop - item, tiles - tile)
+            call_tile_rows(
+                tile_function, w + tile * tile_bytes, together, tile_bytes, x + first * x_stride, x_stride,
+                sums + first * sums_stride, sums_stride, bias + tile * 64, y + first * y_stride + tile * 64, y_stride, chunks, add,
+                min(ROW_BLOCK, num_rows - first),
+            )  # fmt: skip
+            item += together
+    finish(stage, done, items)
 
 
 @kernel("iiii")

@@ -5,8 +5,7 @@ places for operations on a step (`layers`, `rope_store`, `attention`); the other
 words of one layer in the table that `layers` walks; a packed weight is six of them (the address of its tile function, data,
 bias, tiles, chunks, bytes of a tile). Every operation is compiled on its own, when it is first needed (`compiled`).
 
-Only this file knows the order of operations in a layer; it must not know where parameters come from. Stages of a layer, a
-barrier between any two:
+Only this file knows the order of operations in a layer; it must not know where parameters come from. Stages of a layer:
 norm | qkv | rope, K/V store | attention | merge, round | o + residual | norm | gate, up, silu | down + residual
 """
 
@@ -20,7 +19,9 @@ from engine.cpu.kv_store import rope_store_rows
 from engine.cpu.matmul import CHUNK, ROW_BLOCK, call_tile_rows, product, put_row
 from engine.cpu.paged_attention import call_split, empty_split, merge
 from engine.cpu.prefill_attention import call_piece
-from engine.cpu.threads import STOP, atomic_add, await_job, barrier, clear_claims, next_stage, post_job
+from engine.cpu.threads import (
+    PARAMS, STAGES, STOP, atomic_add, await_job, close_job, enter_job, finish, leave_job, open_job, rows_at_once,
+)  # fmt: skip
 from engine.cpu.vector import caller, f64_at, i32_at, i64_at
 
 
@@ -28,7 +29,8 @@ class P:
     """Parameters of the operations on a step."""
 
     FUNCTION = 0
-    TOKENS = 1
+    STAGES = 1
+    TOKENS = 55
     EPS = 2  # bits of a float64
     # the model
     EXACT = 3  # activations and dense weights float32
@@ -88,7 +90,9 @@ class P:
     GATE_UP = 52
     ROPE_STORE = 53
     ATTEND = 54
-    COUNT = 55
+    NORM_STAGE = 56
+    MERGE = 57
+    COUNT = 58
 
 
 class L:
@@ -107,87 +111,24 @@ class L:
 
 
 # njit reads module constants, not attributes of a class
-_TOKENS, _EPS, _EXACT, _HIDDEN, _INTERMEDIATE, _HEADS, _KV_HEADS, _HEAD_DIM = (
-    P.TOKENS,
-    P.EPS,
-    P.EXACT,
-    P.HIDDEN,
-    P.INTERMEDIATE,
-    P.HEADS,
-    P.KV_HEADS,
-    P.HEAD_DIM,
-)
-_HALF, _COS, _SIN, _LOGN_LENGTH, _TABLE, _NUM_LAYERS, _FINAL_NORM, _POOL = (
-    P.HALF,
-    P.COS,
-    P.SIN,
-    P.LOGN_LENGTH,
-    P.TABLE,
-    P.NUM_LAYERS,
-    P.FINAL_NORM,
-    P.POOL,
-)
-_POOL_LAYER_BYTES, _BLOCK_LEN, _POOL_EXACT, _POSITIONS, _SLOTS, _BLOCK_TABLES, _BLOCK_TABLE_STRIDE, _NUM_SPLITS = (
-    P.POOL_LAYER_BYTES,
-    P.BLOCK_LEN,
-    P.POOL_EXACT,
-    P.POSITIONS,
-    P.SLOTS,
-    P.BLOCK_TABLES,
-    P.BLOCK_TABLE_STRIDE,
-    P.NUM_SPLITS,
-)
-_SPLITS, _NUM_PIECES, _PIECES, _TOKEN_SPLITS, _PARTIAL, _SCRATCH, _SCRATCH_BYTES, _RESIDUAL = (
-    P.SPLITS,
-    P.NUM_PIECES,
-    P.PIECES,
-    P.TOKEN_SPLITS,
-    P.PARTIAL,
-    P.SCRATCH,
-    P.SCRATCH_BYTES,
-    P.RESIDUAL,
-)
-_X, _X_STRIDE, _SUMS, _SUMS_STRIDE, _QKV, _QKV_STRIDE, _ATTENDED, _H = (
-    P.X,
-    P.X_STRIDE,
-    P.SUMS,
-    P.SUMS_STRIDE,
-    P.QKV,
-    P.QKV_STRIDE,
-    P.ATTENDED,
-    P.H,
-)
-_H_STRIDE, _H_SUMS, _H_SUMS_STRIDE, _OUT, _Q_NORM, _K_NORM, _WINDOW, _PIECE_FUNCTION = (
-    P.H_STRIDE,
-    P.H_SUMS,
-    P.H_SUMS_STRIDE,
-    P.OUT,
-    P.Q_NORM,
-    P.K_NORM,
-    P.WINDOW,
-    P.PIECE_FUNCTION,
-)
-_SPLIT_FUNCTION, _TILE_FUNCTION, _PRODUCT, _GATE_UP, _ROPE_STORE, _ATTEND = (
-    P.SPLIT_FUNCTION,
-    P.TILE_FUNCTION,
-    P.PRODUCT,
-    P.GATE_UP,
-    P.ROPE_STORE,
-    P.ATTEND,
-)
-_L_INPUT_NORM, _L_QKV, _L_Q_NORM, _L_K_NORM, _L_O, _L_POST_NORM, _L_GATE_UP, _L_DOWN = (
-    L.INPUT_NORM,
-    L.QKV,
-    L.Q_NORM,
-    L.K_NORM,
-    L.O,
-    L.POST_NORM,
-    L.GATE_UP,
-    L.DOWN,
-)
-_L_WINDOW, _L_COUNT = L.WINDOW, L.COUNT
+# fmt: off
+(_TOKENS, _EPS, _EXACT, _HIDDEN, _INTERMEDIATE, _HEADS) = (P.TOKENS, P.EPS, P.EXACT, P.HIDDEN, P.INTERMEDIATE, P.HEADS)
+(_KV_HEADS, _HEAD_DIM, _HALF, _COS, _SIN, _LOGN_LENGTH) = (P.KV_HEADS, P.HEAD_DIM, P.HALF, P.COS, P.SIN, P.LOGN_LENGTH)
+(_TABLE, _NUM_LAYERS, _FINAL_NORM, _POOL, _POOL_LAYER_BYTES, _BLOCK_LEN) = (P.TABLE, P.NUM_LAYERS, P.FINAL_NORM, P.POOL, P.POOL_LAYER_BYTES, P.BLOCK_LEN)
+(_POOL_EXACT, _POSITIONS, _SLOTS, _BLOCK_TABLES, _BLOCK_TABLE_STRIDE, _NUM_SPLITS) = (P.POOL_EXACT, P.POSITIONS, P.SLOTS, P.BLOCK_TABLES, P.BLOCK_TABLE_STRIDE, P.NUM_SPLITS)
+(_SPLITS, _NUM_PIECES, _PIECES, _TOKEN_SPLITS, _PARTIAL, _SCRATCH) = (P.SPLITS, P.NUM_PIECES, P.PIECES, P.TOKEN_SPLITS, P.PARTIAL, P.SCRATCH)
+(_SCRATCH_BYTES, _RESIDUAL, _X, _X_STRIDE, _SUMS, _SUMS_STRIDE) = (P.SCRATCH_BYTES, P.RESIDUAL, P.X, P.X_STRIDE, P.SUMS, P.SUMS_STRIDE)
+(_QKV, _QKV_STRIDE, _ATTENDED, _H, _H_STRIDE, _H_SUMS) = (P.QKV, P.QKV_STRIDE, P.ATTENDED, P.H, P.H_STRIDE, P.H_SUMS)
+(_H_SUMS_STRIDE, _OUT, _Q_NORM, _K_NORM, _WINDOW, _PIECE_FUNCTION) = (P.H_SUMS_STRIDE, P.OUT, P.Q_NORM, P.K_NORM, P.WINDOW, P.PIECE_FUNCTION)
+(_SPLIT_FUNCTION, _TILE_FUNCTION, _PRODUCT, _GATE_UP, _ROPE_STORE, _ATTEND) = (P.SPLIT_FUNCTION, P.TILE_FUNCTION, P.PRODUCT, P.GATE_UP, P.ROPE_STORE, P.ATTEND)
+(_NORM_STAGE, _MERGE) = (P.NORM_STAGE, P.MERGE)
+(_L_INPUT_NORM, _L_QKV, _L_Q_NORM, _L_K_NORM, _L_O, _L_POST_NORM) = (L.INPUT_NORM, L.QKV, L.Q_NORM, L.K_NORM, L.O, L.POST_NORM)
+(_L_GATE_UP, _L_DOWN, _L_WINDOW, _L_COUNT) = (L.GATE_UP, L.DOWN, L.WINDOW, L.COUNT)
+# fmt: on
 
-
+STAGES_OF_A_LAYER = 9
+call_norm = caller(5)
+call_merge = caller(4)
 call_rope_store = caller(6)
 call_attend = caller(5)
 call_gate_up = caller(8)
@@ -195,16 +136,16 @@ call_product = caller(16)
 call_job = caller(4)
 
 
-def store_stage(params, tid, n, pool, q_norm, k_norm):  # type: ignore[no-untyped-def]
+def store_stage(params, stage, n, pool, q_norm, k_norm):  # type: ignore[no-untyped-def]
     p = i64_at(params)
     rope_store_rows(
-        tid, n, p[_TOKENS], p[_QKV], p[_QKV_STRIDE], p[_HEADS], p[_KV_HEADS], p[_HEAD_DIM], p[_POSITIONS], p[_SLOTS],
+        stage, n, p[_TOKENS], p[_QKV], p[_QKV_STRIDE], p[_HEADS], p[_KV_HEADS], p[_HEAD_DIM], p[_POSITIONS], p[_SLOTS],
         p[_COS], p[_SIN], p[_HALF], q_norm, k_norm, np.float32(f64_at(params)[_EPS]), p[_LOGN_LENGTH], pool, p[_BLOCK_LEN],
         p[_POOL_EXACT],
     )  # fmt: skip
 
 
-def attend_stage(params, tid, claim, pool, window):  # type: ignore[no-untyped-def]
+def attend_stage(params, stage, tid, pool, window):  # type: ignore[no-untyped-def]
     """Pieces (several tokens) first, they take longest; then splits of single tokens."""
     p = i64_at(params)
     kv_heads, heads, head_dim = p[_KV_HEADS], p[_HEADS], p[_HEAD_DIM]
@@ -212,17 +153,18 @@ def attend_stage(params, tid, claim, pool, window):  # type: ignore[no-untyped-d
     pieces, splits = i32_at(p[_PIECES]), i32_at(p[_SPLITS])
     num_pieces = p[_NUM_PIECES] * kv_heads
     items = num_pieces + p[_NUM_SPLITS] * kv_heads
-    out_stride = 4 * heads * head_dim
+    out_stride, done = 4 * heads * head_dim, 0
     while True:
-        item = atomic_add(claim, 1)
+        item = atomic_add(stage, 1)
         if item >= items:
-            return
+            break
+        done += 1
         if item < num_pieces:
             at, kv_head = 4 * (item // kv_heads), item % kv_heads
             row, first, tokens, position = pieces[at], pieces[at + 1], pieces[at + 2], pieces[at + 3]
             call_piece(
-                p[_PIECE_FUNCTION], p[_TILE_FUNCTION], p[_QKV] + first * p[_QKV_STRIDE], p[_QKV_STRIDE], tokens, position, pool, p[_BLOCK_TABLES] + row * p[_BLOCK_TABLE_STRIDE],
-                window, kv_head, heads, kv_heads, head_dim, p[_BLOCK_LEN], p[_POOL_EXACT], scratch,
+                p[_PIECE_FUNCTION], p[_TILE_FUNCTION], p[_QKV] + first * p[_QKV_STRIDE], p[_QKV_STRIDE], tokens, position,
+                pool, p[_BLOCK_TABLES] + row * p[_BLOCK_TABLE_STRIDE], window, kv_head, heads, kv_heads, head_dim, p[_BLOCK_LEN], p[_POOL_EXACT], scratch,
                 p[_ATTENDED] + first * out_stride, out_stride,
             )  # fmt: skip
             continue
@@ -235,27 +177,46 @@ def attend_stage(params, tid, claim, pool, window):  # type: ignore[no-untyped-d
             empty_split(kv_head, heads // kv_heads, head_dim, partial)
             continue
         call_split(
-            p[_SPLIT_FUNCTION], p[_QKV] + token * p[_QKV_STRIDE], pool, p[_BLOCK_TABLES] + row * p[_BLOCK_TABLE_STRIDE], begin, stop, kv_head, heads,
-            kv_heads, head_dim, p[_BLOCK_LEN], scratch, partial,
+            p[_SPLIT_FUNCTION], p[_QKV] + token * p[_QKV_STRIDE], pool, p[_BLOCK_TABLES] + row * p[_BLOCK_TABLE_STRIDE],
+            begin, stop, kv_head, heads, kv_heads, head_dim, p[_BLOCK_LEN], scratch, partial,
         )  # fmt: skip
+    finish(stage, done, items)
 
 
-def product_stage(claim, n, tile_function, w, bias, tiles, chunks, tile_bytes, x, x_stride, sums, sums_stride, y, y_stride, add, num_rows):  # type: ignore[no-untyped-def]
-    product(claim, n, tile_function, w, bias, tiles, chunks, tile_bytes, x, x_stride, sums, sums_stride, y, y_stride, add, num_rows)
+def product_stage(stage, n, tile_function, w, bias, tiles, chunks, tile_bytes, x, x_stride, sums, sums_stride, y, y_stride, add, num_rows):  # type: ignore[no-untyped-def]
+    product(stage, n, tile_function, w, bias, tiles, chunks, tile_bytes, x, x_stride, sums, sums_stride, y, y_stride, add, num_rows)
 
 
 @njit(nogil=True)
-def _merge(p, tid, n):  # type: ignore[no-untyped-def]
-    """The splits of single tokens -> ATTENDED."""
+def _merge_token(p, t):  # type: ignore[no-untyped-def]
+    """The splits of a single token -> ATTENDED; a token of a piece is there already."""
     heads, head_dim = p[_HEADS], p[_HEAD_DIM]
     token_splits = i32_at(p[_TOKEN_SPLITS])
-    for t in range(tid, p[_TOKENS], n):
-        first, splits = token_splits[2 * t], token_splits[2 * t + 1]
-        if splits > 0:
-            merge(p[_PARTIAL] + first * 4 * heads * (head_dim + 2), splits, heads, head_dim, p[_ATTENDED] + t * 4 * heads * head_dim)
+    first, splits = token_splits[2 * t], token_splits[2 * t + 1]
+    if splits > 0:
+        merge(p[_PARTIAL] + first * 4 * heads * (head_dim + 2), splits, heads, head_dim, p[_ATTENDED] + t * 4 * heads * head_dim)
 
 
-def gate_up_stage(params, tid, claim, tile_function, w, bias, chunks, tile_bytes):  # type: ignore[no-untyped-def]
+def merge_stage(params, stage, n, put):  # type: ignore[no-untyped-def]
+    """Splits added up; with `put`, ATTENDED -> X."""
+    p = i64_at(params)
+    rows, width = p[_TOKENS], p[_HEADS] * p[_HEAD_DIM]
+    done, chunk = 0, rows_at_once(rows, n)
+    while True:
+        begin = atomic_add(stage, chunk)
+        if begin >= rows:
+            break
+        stop = min(rows, begin + chunk)
+        done += stop - begin
+        for t in range(begin, stop):
+            _merge_token(p, t)
+            if put:
+                x, sums = p[_X] + t * p[_X_STRIDE], p[_SUMS] + t * p[_SUMS_STRIDE]
+                put_row(p[_EXACT], p[_ATTENDED] + t * 4 * width, x, sums, width // CHUNK)
+    finish(stage, done, rows)
+
+
+def gate_up_stage(params, stage, tid, tile_function, w, bias, chunks, tile_bytes):  # type: ignore[no-untyped-def]
     """H = silu(gate) * up, 32 columns of up to ROW_BLOCK rows at a time; gate and up go no further than the scratch."""
     p = i64_at(params)
     tokens, exact = p[_TOKENS], p[_EXACT]
@@ -264,11 +225,12 @@ def gate_up_stage(params, tid, claim, tile_function, w, bias, chunks, tile_bytes
     scratch = p[_SCRATCH] + tid * p[_SCRATCH_BYTES]
     product_row = scratch + ROW_BLOCK * 256
     element = 4 if exact else 2
-    items = columns * ((tokens + ROW_BLOCK - 1) // ROW_BLOCK)
+    items, done = columns * ((tokens + ROW_BLOCK - 1) // ROW_BLOCK), 0
     while True:
-        item = atomic_add(claim, 1)
+        item = atomic_add(stage, 1)
         if item >= items:
-            return
+            break
+        done += 1
         column, first = item % columns, item // columns * ROW_BLOCK
         rows = min(ROW_BLOCK, tokens - first)
         x, sums = p[_X] + first * p[_X_STRIDE], p[_SUMS] + first * p[_SUMS_STRIDE]
@@ -282,128 +244,128 @@ def gate_up_stage(params, tid, claim, tile_function, w, bias, chunks, tile_bytes
             silu_vectors(scratch + 256 * t, scratch + 256 * t + 128, product_row, 2)
             h = p[_H] + (first + t) * p[_H_STRIDE] + CHUNK * element * column
             put_row(exact, product_row, h, p[_H_SUMS] + (first + t) * p[_H_SUMS_STRIDE] + 4 * column, 1)
+    finish(stage, done, items)
+
+
+def norm_stage(params, stage, tid, n, weight):  # type: ignore[no-untyped-def]
+    """X = rms_norm(RESIDUAL)."""
+    p = i64_at(params)
+    rows, hidden, eps = p[_TOKENS], p[_HIDDEN], np.float32(f64_at(params)[_EPS])
+    scratch = p[_SCRATCH] + tid * p[_SCRATCH_BYTES]
+    done, chunk = 0, rows_at_once(rows, n)
+    while True:
+        begin = atomic_add(stage, chunk)
+        if begin >= rows:
+            break
+        stop = min(rows, begin + chunk)
+        done += stop - begin
+        for t in range(begin, stop):
+            norm_row(p[_RESIDUAL] + t * 4 * hidden, weight, scratch, hidden, eps)
+            put_row(p[_EXACT], scratch, p[_X] + t * p[_X_STRIDE], p[_SUMS] + t * p[_SUMS_STRIDE], hidden // CHUNK)
+    finish(stage, done, rows)
+
+
+def layers(stages, params, tid, n):  # type: ignore[no-untyped-def]
+    """All layers and the final norm: RESIDUAL -> OUT."""
+    p = i64_at(params)
+    tokens, hidden = p[_TOKENS], p[_HIDDEN]
+    x, x_stride, sums, sums_stride = p[_X], p[_X_STRIDE], p[_SUMS], p[_SUMS_STRIDE]
+    stage = stages
+    for index in range(p[_NUM_LAYERS]):
+        layer = p[_TABLE] + 8 * _L_COUNT * index
+        w, pool = i64_at(layer), p[_POOL] + index * p[_POOL_LAYER_BYTES]
+        call_norm(p[_NORM_STAGE], params, stage, tid, n, w[_L_INPUT_NORM])
+        _product(p, layer + 8 * _L_QKV, stage + 64, n, x, x_stride, sums, sums_stride, p[_QKV], p[_QKV_STRIDE], 0, tokens)
+        call_rope_store(p[_ROPE_STORE], params, stage + 128, n, pool, w[_L_Q_NORM], w[_L_K_NORM])
+        call_attend(p[_ATTEND], params, stage + 192, tid, pool, w[_L_WINDOW])
+        call_merge(p[_MERGE], params, stage + 256, n, 1)
+        _product(p, layer + 8 * _L_O, stage + 320, n, x, x_stride, sums, sums_stride, p[_RESIDUAL], 4 * hidden, 1, tokens)
+        call_norm(p[_NORM_STAGE], params, stage + 384, tid, n, w[_L_POST_NORM])
+        gate = i64_at(layer + 8 * _L_GATE_UP)
+        call_gate_up(p[_GATE_UP], params, stage + 448, tid, gate[0], gate[1], gate[2], gate[4], gate[5])
+        _product(
+            p, layer + 8 * _L_DOWN, stage + 512, n, p[_H], p[_H_STRIDE], p[_H_SUMS], p[_H_SUMS_STRIDE], p[_RESIDUAL], 4 * hidden, 1, tokens
+        )
+        stage += 64 * STAGES_OF_A_LAYER
+    eps = np.float32(f64_at(params)[_EPS])
+    norm_rows(stage, n, tokens, p[_RESIDUAL], 4 * hidden, p[_FINAL_NORM], p[_OUT], 4 * hidden, hidden, eps)
 
 
 @njit(nogil=True)
-def _norm_put(p, tid, n, weight, scratch, eps):  # type: ignore[no-untyped-def]
-    """X = rms_norm(RESIDUAL)."""
-    hidden = p[_HIDDEN]
-    for t in range(tid, p[_TOKENS], n):
-        norm_row(p[_RESIDUAL] + t * 4 * hidden, weight, scratch, hidden, eps)
-        put_row(p[_EXACT], scratch, p[_X] + t * p[_X_STRIDE], p[_SUMS] + t * p[_SUMS_STRIDE], hidden // CHUNK)
+def _product(p, weight, stage, n, x, x_stride, sums, sums_stride, y, y_stride, add, rows):  # type: ignore[no-untyped-def]
+    """`weight`: address of its six words."""
+    w = i64_at(weight)
+    call_product(p[_PRODUCT], stage, n, w[0], w[1], w[2], w[3], w[4], w[5], x, x_stride, sums, sums_stride, y, y_stride, add, rows)
 
 
-def layers(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
-    """All layers and the final norm: RESIDUAL -> OUT."""
+def linear(stages, params, tid, n):  # type: ignore[no-untyped-def]
+    """2 rows, 3 source, 4 its stride, 5 x, 6 stride, 7 sums, 8 stride, 9 y, 10 stride, 11 weight (6 words), 17 exact."""
     p = i64_at(params)
-    eps = np.float32(f64_at(params)[_EPS])
-    tokens, hidden, attended = p[_TOKENS], p[_HIDDEN], p[_HEADS] * p[_HEAD_DIM]
-    scratch = p[_SCRATCH] + tid * p[_SCRATCH_BYTES]
-    stage = 0
-    for index in range(p[_NUM_LAYERS]):
-        w = i64_at(p[_TABLE] + 8 * _L_COUNT * index)
-        pool = p[_POOL] + index * p[_POOL_LAYER_BYTES]
-        _norm_put(p, tid, n, w[_L_INPUT_NORM], scratch, eps)
-        stage += 1
-        claim = next_stage(ctrl, tid, n, stage)
-        call_product(
-            p[_PRODUCT], claim, n, w[_L_QKV], w[_L_QKV + 1], w[_L_QKV + 2], w[_L_QKV + 3], w[_L_QKV + 4], w[_L_QKV + 5], p[_X], p[_X_STRIDE], p[_SUMS],
-            p[_SUMS_STRIDE], p[_QKV], p[_QKV_STRIDE], 0, tokens,
-        )  # fmt: skip
-        barrier(ctrl, tid, n)
-        call_rope_store(p[_ROPE_STORE], params, tid, n, pool, w[_L_Q_NORM], w[_L_K_NORM])
-        stage += 1
-        claim = next_stage(ctrl, tid, n, stage)
-        call_attend(p[_ATTEND], params, tid, claim, pool, w[_L_WINDOW])
-        barrier(ctrl, tid, n)
-        _merge(p, tid, n)
-        put_rows(tid, n, tokens, p[_EXACT], p[_ATTENDED], 4 * attended, p[_X], p[_X_STRIDE], p[_SUMS], p[_SUMS_STRIDE], attended // CHUNK)
-        stage += 1
-        claim = next_stage(ctrl, tid, n, stage)
-        call_product(
-            p[_PRODUCT], claim, n, w[_L_O], w[_L_O + 1], w[_L_O + 2], w[_L_O + 3], w[_L_O + 4], w[_L_O + 5], p[_X], p[_X_STRIDE], p[_SUMS],
-            p[_SUMS_STRIDE], p[_RESIDUAL], 4 * hidden, 1, tokens,
-        )  # fmt: skip
-        barrier(ctrl, tid, n)
-        _norm_put(p, tid, n, w[_L_POST_NORM], scratch, eps)
-        stage += 1
-        claim = next_stage(ctrl, tid, n, stage)
-        call_gate_up(
-            p[_GATE_UP], params, tid, claim, w[_L_GATE_UP], w[_L_GATE_UP + 1], w[_L_GATE_UP + 2], w[_L_GATE_UP + 4], w[_L_GATE_UP + 5]
-        )
-        stage += 1
-        claim = next_stage(ctrl, tid, n, stage)
-        call_product(
-            p[_PRODUCT], claim, n, w[_L_DOWN], w[_L_DOWN + 1], w[_L_DOWN + 2], w[_L_DOWN + 3], w[_L_DOWN + 4], w[_L_DOWN + 5], p[_H], p[_H_STRIDE], p[_H_SUMS],
-            p[_H_SUMS_STRIDE], p[_RESIDUAL], 4 * hidden, 1, tokens,
-        )  # fmt: skip
-        barrier(ctrl, tid, n)
-    norm_rows(tid, n, tokens, p[_RESIDUAL], 4 * hidden, p[_FINAL_NORM], p[_OUT], 4 * hidden, hidden, eps)
+    put_rows(stages, n, p[2], p[17], p[3], p[4], p[5], p[6], p[7], p[8], p[15])
+    product(stages + 64, n, p[11], p[12], p[13], p[14], p[15], p[16], p[5], p[6], p[7], p[8], p[9], p[10], 0, p[2])
 
 
-def linear(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
-    """1 exact, 2 rows, 3 source, 4 its stride, 5 x, 6 stride, 7 sums, 8 stride, 9 y, 10 stride, 11 weight (6 words)."""
+def norm(stages, params, tid, n):  # type: ignore[no-untyped-def]
+    """2 eps (bits), 3 rows, 4 x, 5 weight, 6 out, 7 count."""
     p = i64_at(params)
-    put_rows(tid, n, p[2], p[1], p[3], p[4], p[5], p[6], p[7], p[8], p[15])
-    claim = next_stage(ctrl, tid, n, 1)
-    product(claim, n, p[11], p[12], p[13], p[14], p[15], p[16], p[5], p[6], p[7], p[8], p[9], p[10], 0, p[2])
+    norm_rows(stages, n, p[3], p[4], 4 * p[7], p[5], p[6], 4 * p[7], p[7], np.float32(f64_at(params)[_EPS]))
 
 
-def norm(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
-    """1 rows, 2 eps (bits), 3 x, 4 weight, 5 out, 6 count."""
+def add_norm(stages, params, tid, n):  # type: ignore[no-untyped-def]
+    """2 eps (bits), 3 rows, 4 x, 5 residual, 6 total, 7 weight, 8 out, 9 count."""
     p = i64_at(params)
-    norm_rows(tid, n, p[1], p[3], 4 * p[6], p[4], p[5], 4 * p[6], p[6], np.float32(f64_at(params)[_EPS]))
+    add_norm_rows(stages, n, p[3], p[4], p[5], p[6], p[7], p[8], 4 * p[9], p[9], np.float32(f64_at(params)[_EPS]))
 
 
-def add_norm(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
-    """1 rows, 2 eps (bits), 3 x, 4 residual, 5 total, 6 weight, 7 out, 8 count."""
+def silu_mul(stages, params, tid, n):  # type: ignore[no-untyped-def]
+    """2 rows, 3 gate_up, 4 its stride, 5 out, 6 its stride, 7 count."""
     p = i64_at(params)
-    add_norm_rows(tid, n, p[1], p[3], p[4], p[5], p[6], p[7], 4 * p[8], p[8], np.float32(f64_at(params)[_EPS]))
+    silu_rows(stages, n, p[2], p[3], p[4], p[5], p[6], p[7])
 
 
-def silu_mul(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
-    """1 rows, 2 gate_up, 3 its stride, 4 out, 5 its stride, 6 count."""
+def embed(stages, params, tid, n):  # type: ignore[no-untyped-def]
+    """2 tokens, 3 ids, 4 out, 5 its stride, 6 count, 7 kind, 8 data, 9 bytes of a tile, 10 bytes of a chunk."""
     p = i64_at(params)
-    silu_rows(tid, n, p[1], p[2], p[3], p[4], p[5], p[6])
+    ids, rows, stage = i32_at(p[3]), p[2], stages
+    done, chunk = 0, rows_at_once(rows, n)
+    while True:
+        begin = atomic_add(stage, chunk)
+        if begin >= rows:
+            break
+        stop = min(rows, begin + chunk)
+        done += stop - begin
+        for t in range(begin, stop):
+            embed_row(p[7], p[8], p[9], p[10], ids[t], p[4] + t * p[5], p[6])
+    finish(stage, done, rows)
 
 
-def embed(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
-    """1 tokens, 2 ids, 3 out, 4 its stride, 5 count, 6 kind, 7 data, 8 bytes of a tile, 9 bytes of a chunk."""
-    p = i64_at(params)
-    ids = i32_at(p[2])
-    for t in range(tid, p[1], n):
-        embed_row(p[6], p[7], p[8], p[9], ids[t], p[3] + t * p[4], p[5])
-
-
-def rope_store(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
+def rope_store(stages, params, tid, n):  # type: ignore[no-untyped-def]
     """One layer: QKV in place, K and V to POOL."""
     p = i64_at(params)
-    call_rope_store(p[_ROPE_STORE], params, tid, n, p[_POOL], p[_Q_NORM], p[_K_NORM])
+    call_rope_store(p[_ROPE_STORE], params, stages, n, p[_POOL], p[_Q_NORM], p[_K_NORM])
 
 
-def attention(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
+def attention(stages, params, tid, n):  # type: ignore[no-untyped-def]
     """One layer: QKV (its q) -> ATTENDED."""
     p = i64_at(params)
-    claim = next_stage(ctrl, tid, n, 1)
-    call_attend(p[_ATTEND], params, tid, claim, p[_POOL], p[_WINDOW])
-    barrier(ctrl, tid, n)
-    _merge(p, tid, n)
+    call_attend(p[_ATTEND], params, stages, tid, p[_POOL], p[_WINDOW])
+    call_merge(p[_MERGE], params, stages + 64, n, 0)
 
 
 @njit("void(int64, int64, int64, int64)", nogil=True, cache=True)
 def serve(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
-    """Thread 0: post the job in `params`, do a share, return when all have. Others: jobs until the stop."""
-    p = i64_at(params)
+    """Thread 0: run the job in `params`, return when it is over. Others: jobs until the stop."""
     if tid == 0:
-        clear_claims(ctrl)
-        post_job(ctrl, 1)
-        call_job(p[0], ctrl, params, 0, n)
-        barrier(ctrl, 0, n)
+        slot = open_job(ctrl, params)
+        call_job(i64_at(params)[0], slot + 8 * STAGES, slot + 8 * PARAMS, 0, n)
+        close_job(slot)
         return
-    seen = 0
+    job = 0
     while True:
-        seen = await_job(ctrl, seen)
-        if seen >= STOP:
+        job = await_job(ctrl, job)
+        if job >= STOP:
             return
-        call_job(p[0], ctrl, params, tid, n)
-        barrier(ctrl, tid, n)
+        slot = enter_job(ctrl, job)
+        if slot != 0:
+            call_job(i64_at(slot)[PARAMS], slot + 8 * STAGES, slot + 8 * PARAMS, tid, n)
+        leave_job(ctrl, job)

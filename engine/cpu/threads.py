@@ -1,16 +1,22 @@
 """Threads of our own that stay: one Python thread a core, asleep or computing inside njit code without the interpreter lock.
 
-All threads run the same function on the same job, each with its `tid` (0 is the caller). Inside a job they meet at
-`barrier` and take pieces of a stage with `share` / `claim`, so that a thread that is descheduled holds up little. Between
-jobs a worker spins for some tens of microseconds, then sleeps in the kernel (futex on Linux; short naps elsewhere).
+A job is a sequence of *stages*; a stage is a number of items that threads claim from a counter. A stage is over when all its
+items are done, not when all threads are there: a thread that the system has taken off its core holds up the others only if it
+has an item in hand, and catches up by finding every earlier stage done. Thread 0 is the caller; it returns when the last stage
+is over. A worker enters a job if it comes before the job is closed. Between jobs it spins for some tens of microseconds, then
+sleeps in the kernel (futex on Linux; short naps elsewhere).
 
-The control block, int64 words, one cache line (8 words) a field:
+The control block, int64 words; fields that several threads write have a cache line (8 words) each:
 
-    0 JOB        jobs posted so far; -1 << 40 added: stop
-    8 BARRIER    arrivals at all barriers so far
-    16 SLEEPERS  workers asleep
-    24 .. 48     four claim counters, used in turn
-    56 + 8 tid   barriers this thread has passed
+    0 JOB          number of the last job posted; STOP + 1 added: the end
+    8 SLEEPERS     workers asleep
+    16 SLOT_WORDS  size of a slot
+    24 ..          two slots, job j in slot j % 2, so that a straggler of one job does not hold up the next:
+
+    0 OPEN         number of the job that may be entered, 0 for none
+    8 INSIDE       workers that are in it
+    16 .. 79       the job's parameters; the first is the address of its function, the second its number of stages
+    80 + 8 s       stage s: items claimed, items done
 
 Knows nothing of what a job computes.
 """
@@ -30,7 +36,9 @@ from numba import njit
 from engine.cpu.target import FEATURES
 from engine.cpu.vector import I32, I64, PTR, Emit, Value, i64_at, kernel
 
-JOB, BARRIER, SLEEPERS, CLAIMS, PASSED = 0, 8, 16, 24, 56
+JOB, SLEEPERS, SLOT_WORDS, SLOTS = 0, 8, 16, 24
+OPEN, INSIDE, PARAMS, STAGES = 0, 8, 16, 80
+MAX_PARAMS = STAGES - PARAMS
 STOP = 1 << 40
 SPINS_BEFORE_YIELD = 20000
 SPINS_BEFORE_SLEEP = 3000  # about 60 us on a 4.5 GHz Zen 5: longer than the gap between two calls of one step
@@ -96,16 +104,10 @@ def wake_all(e: Emit, address: Value) -> None:
 
 
 @njit(nogil=True)
-def barrier(ctrl: int, tid: int, n: int) -> None:
-    """All threads arrive before any leaves; what they wrote before is seen after."""
-    if n == 1:
-        return
-    passed = i64_at(ctrl + 8 * (PASSED + 8 * tid))
-    passed[0] += 1
-    goal = passed[0] * n
-    atomic_add(ctrl + 8 * BARRIER, 1)
+def wait_until(address: int, least: int) -> None:
+    """Until the word at `address` is at least `least`."""
     spins = 0
-    while atomic_load(ctrl + 8 * BARRIER) < goal:
+    while atomic_load(address) < least:
         spins += 1
         if spins < SPINS_BEFORE_YIELD:
             pause()
@@ -114,22 +116,17 @@ def barrier(ctrl: int, tid: int, n: int) -> None:
 
 
 @njit(nogil=True)
-def next_stage(ctrl: int, tid: int, n: int, stage: int) -> int:
-    """A barrier, then a claim counter at 0 for the new stage: its address. `stage` counts up by one each time.
-
-    The counter cleared here was last used two stages ago and is next used in two: nobody can be at it.
-    """
-    barrier(ctrl, tid, n)
-    if tid == 0:
-        atomic_store(ctrl + 8 * (CLAIMS + 8 * ((stage + 2) % 4)), 0)
-    return ctrl + 8 * (CLAIMS + 8 * (stage % 4))
+def finish(stage: int, done: int, items: int) -> None:
+    """This thread has done `done` of the stage's items and found no more: wait until all are."""
+    if done > 0:
+        atomic_add(stage + 8, done)
+    wait_until(stage + 8, items)
 
 
 @njit(nogil=True)
-def clear_claims(ctrl: int) -> None:
-    """By thread 0, before a job is posted."""
-    for i in range(4):
-        atomic_store(ctrl + 8 * (CLAIMS + 8 * i), 0)
+def rows_at_once(rows: int, n: int) -> int:
+    """How many rows one claim takes."""
+    return 1 + rows // (8 * n)
 
 
 @njit(nogil=True)
@@ -159,6 +156,51 @@ def await_job(ctrl: int, seen: int) -> int:
 
 
 @njit(nogil=True)
+def slot_of(ctrl: int, job: int) -> int:
+    return ctrl + 8 * (SLOTS + job % 2 * i64_at(ctrl)[SLOT_WORDS])
+
+
+@njit(nogil=True)
+def open_job(ctrl: int, params: int) -> int:
+    """Thread 0: put the job of `params` where workers find it, and wake them. Its slot."""
+    job = atomic_load(ctrl + 8 * JOB) + 1
+    slot = slot_of(ctrl, job)
+    spins = 0
+    while atomic_load(slot + 8 * INSIDE) > 0:  # a straggler of the job before the last
+        spins += 1
+        if spins < SPINS_BEFORE_YIELD:
+            pause()
+        else:
+            give_way()
+    words, source = i64_at(slot), i64_at(params)
+    for i in range(MAX_PARAMS):
+        words[PARAMS + i] = source[i]
+    for i in range(8 * source[1]):
+        words[STAGES + i] = 0
+    atomic_store(slot + 8 * OPEN, job)
+    post_job(ctrl, 1)
+    return slot
+
+
+@njit(nogil=True)
+def enter_job(ctrl: int, job: int) -> int:
+    """A worker: the slot of `job`, or 0 where it is over. `leave_job` in any case."""
+    slot = slot_of(ctrl, job)
+    atomic_add(slot + 8 * INSIDE, 1)
+    return slot if atomic_load(slot + 8 * OPEN) == job else 0
+
+
+@njit(nogil=True)
+def leave_job(ctrl: int, job: int) -> None:
+    atomic_add(slot_of(ctrl, job) + 8 * INSIDE, -1)
+
+
+@njit(nogil=True)
+def close_job(slot: int) -> None:
+    atomic_store(slot + 8 * OPEN, 0)
+
+
+@njit(nogil=True)
 def post_job(ctrl: int, amount: int) -> None:
     atomic_add(ctrl + 8 * JOB, amount)
     if atomic_load(ctrl + 8 * SLEEPERS) > 0:
@@ -180,13 +222,15 @@ class Pool:
     comes with `close`, with the last reference to the pool, or with the end of the process.
     """
 
-    def __init__(self, num_threads: int, serve: Serve, num_params: int) -> None:
+    def __init__(self, num_threads: int, serve: Serve, max_stages: int) -> None:
         self.num_threads = num_threads
         self._serve = serve
-        self._params = aligned(num_params, np.int64)
+        self._params = aligned(MAX_PARAMS, np.int64)
         self._params[:] = 0
-        block = aligned(PASSED + 8 * num_threads, np.int64)
+        slot_words = STAGES + 8 * max_stages
+        block = aligned(SLOTS + 2 * slot_words, np.int64)
         block[:] = 0
+        block[SLOT_WORDS] = slot_words
         self._addresses = (block.ctypes.data, self._params.ctypes.data)
         self._lock = threading.Lock()
         workers = [
@@ -198,7 +242,7 @@ class Pool:
         self._stop = weakref.finalize(self, _end, block, workers)
 
     def run(self, *params: int) -> None:
-        """One job, params[0] the address of its function; returns when every thread is done."""
+        """One job: params[0] the address of its function, params[1] its stages; returns when all stages are over."""
         with self._lock:
             if not self._stop.alive:
                 raise RuntimeError("The pool of CPU threads is closed.")

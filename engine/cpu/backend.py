@@ -295,7 +295,8 @@ class CpuBackend:
             inputs = self._buffers.get("x", rows * width * 4), width * (4 if self._exact else 2)
             sums = self._buffers.get("sums", rows * packed.chunks * 4), packed.chunks * 4
             self._pool.run(
-                compiled(program.linear), 2,
+                compiled(program.linear),
+                2,
                 rows,
                 _address(x),
                 x.strides[0],
@@ -303,7 +304,9 @@ class CpuBackend:
                 *sums,
                 _address(y),
                 y.strides[0],
-                *weight.words, int(self._exact))
+                *weight.words,
+                int(self._exact),
+            )
         return y if packed.out_features == y.shape[1] else np.ascontiguousarray(y[:, : packed.out_features])
 
     def logits(self, x: Array, weight: Linear) -> Array:

@@ -59,10 +59,10 @@ def store_head(x, pool, index, head_dim, exact):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def rope_store_rows(
+def rope_store_rows(  # type: ignore[no-untyped-def]
     stage, n, tokens, qkv, stride, heads, kv_heads, head_dim, positions, slots, cos, sin, half, q_norm, k_norm, eps, logn_length,
     pool, block_len, exact,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """q_norm, k_norm: addresses of float32 [head_dim] weights, 0 without. logn_length: trained length, 0 without."""
     position_of, slot_of = i32_at(positions), i64_at(slots)
     done, chunk = 0, rows_at_once(tokens, n)

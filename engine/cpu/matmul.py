@@ -20,9 +20,11 @@ Activations are bfloat16 [T, K padded] (float32 for D32), and for W4 float32 sum
 
 so weights are never rounded, and the order of additions of one row is the same whatever the other rows are.
 
-Work split. A register tile is 16 channels x 1, 2, 4 or 8 rows, or 32 x 8, all of K. Versions tried (one core of a 4.5 GHz Zen 5,
-576 x 960, 96 rows; peak of vdpbf16ps 530): 8 rows x 2 tiles 457 GFLOP/s, 12 x 1 440, 6 x 2 441, 12 x 2 436, 8 x 1 394, 6 x 4 396, 24 x 1 359. One
-row from memory: 1 tile 30 GB/s, 2 tiles 25 GB/s; prefetch distance 0 / 1280 / 5120 / 10240 bytes: 24 / 24 / 28 / 30 GB/s.
+Work split. A register tile is 16 channels x 1, 2, 4 or 8 rows, or 32 x 8, all of K. Versions tried (one core of a 4.5 GHz
+Zen 5, 576 x 960, 96 rows; peak of vdpbf16ps 545 GFLOP/s): 8 rows x 2 tiles 457, 12 x 1 440, 6 x 2 441, 12 x 2 436, 8 x 1 394,
+6 x 4 396, 24 x 1 359. One row from memory: 1 tile 30 GB/s, 2 tiles 25 GB/s; prefetch distance 0 / 1280 / 5120 / 10240 bytes:
+24 / 24 / 28 / 30 GB/s. Fetching past the caches (prefetchnta) 15 % slower. Eight rows x 2 tiles of W8 from memory: each tile
+fetching ahead for itself 2.8 ms for 28 M weights, both as one stream 1.5 ms.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ Scratch of a thread, float32 words unless said (M at most MAX_M, D = head_dim pa
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import njit
@@ -56,7 +58,7 @@ def interleave(e: Emit, even: Value, odd: Value, out: Value, vectors: Value) -> 
         e.store(e.b.or_(low, e.b.shl(high, e.ints(16))), out, e.b.mul(i, I64(64 * (TILE // 2))))
 
 
-def _soften_row(exact: bool) -> object:
+def _soften_row(exact: bool) -> Any:
     """One row of S -> P. Columns low .. high - 1 are visible (at least one). state: m, l. Also scales its row of O."""
 
     def soften_row(e: Emit, s: Value, p: Value, o: Value, state: Value, low: Value, high: Value, vectors: Value, scale: Value) -> None:
@@ -178,9 +180,10 @@ def _clear(address, words):  # type: ignore[no-untyped-def]
         target[i] = np.float32(0.0)
 
 
-def _piece(
-    product, q, q_stride, tokens, position, pool, table, window, kv_head, heads, kv_heads, head_dim, block_len, exact, scratch, out, out_stride,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+def _piece(  # type: ignore[no-untyped-def]
+    product, q, q_stride, tokens, position, pool, table, window, kv_head, heads, kv_heads, head_dim, block_len, exact, scratch, out,
+    out_stride,
+):  # fmt: skip
     """`tokens` tokens at `position` and on, one KV head. q, out: of the first token; strides in bytes are those of [T, heads, head_dim]."""
     group = heads // kv_heads
     size = 4 if exact else 2
@@ -242,8 +245,8 @@ def _piece(
                     _soften_16(s + 4 * r * TILE, p + 2 * r * TILE, o + 4 * r * width, state + 8 * r, low, high, o_tiles, scale)
         for j in range(0, o_tiles, 2):
             call_tile_rows(
-                product, v_tile + j * LANES * TILE * size, min(2, o_tiles - j), LANES * TILE * size, p + size * r0 * TILE, size * TILE, 0, 0, zeros,
-                o + 4 * (r0 * width + j * LANES), 4 * width, TILE // CHUNK, 1, m,
+                product, v_tile + j * LANES * TILE * size, min(2, o_tiles - j), LANES * TILE * size, p + size * r0 * TILE,
+                size * TILE, 0, 0, zeros, o + 4 * (r0 * width + j * LANES), 4 * width, TILE // CHUNK, 1, m,
             )  # fmt: skip
     for t in range(tokens):
         for g in range(group):

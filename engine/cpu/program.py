@@ -20,7 +20,17 @@ from engine.cpu.matmul import CHUNK, ROW_BLOCK, call_tile_rows, product, put_row
 from engine.cpu.paged_attention import call_split, empty_split, merge
 from engine.cpu.prefill_attention import call_piece
 from engine.cpu.threads import (
-    PARAMS, STAGES, STOP, atomic_add, await_job, close_job, enter_job, finish, leave_job, open_job, rows_at_once,
+    PARAMS,
+    STAGES,
+    STOP,
+    atomic_add,
+    await_job,
+    close_job,
+    enter_job,
+    finish,
+    leave_job,
+    open_job,
+    rows_at_once,
 )  # fmt: skip
 from engine.cpu.vector import caller, f64_at, i32_at, i64_at
 
@@ -112,18 +122,22 @@ class L:
 
 # njit reads module constants, not attributes of a class
 # fmt: off
-(_TOKENS, _EPS, _EXACT, _HIDDEN, _INTERMEDIATE, _HEADS) = (P.TOKENS, P.EPS, P.EXACT, P.HIDDEN, P.INTERMEDIATE, P.HEADS)
-(_KV_HEADS, _HEAD_DIM, _HALF, _COS, _SIN, _LOGN_LENGTH) = (P.KV_HEADS, P.HEAD_DIM, P.HALF, P.COS, P.SIN, P.LOGN_LENGTH)
-(_TABLE, _NUM_LAYERS, _FINAL_NORM, _POOL, _POOL_LAYER_BYTES, _BLOCK_LEN) = (P.TABLE, P.NUM_LAYERS, P.FINAL_NORM, P.POOL, P.POOL_LAYER_BYTES, P.BLOCK_LEN)
-(_POOL_EXACT, _POSITIONS, _SLOTS, _BLOCK_TABLES, _BLOCK_TABLE_STRIDE, _NUM_SPLITS) = (P.POOL_EXACT, P.POSITIONS, P.SLOTS, P.BLOCK_TABLES, P.BLOCK_TABLE_STRIDE, P.NUM_SPLITS)
-(_SPLITS, _NUM_PIECES, _PIECES, _TOKEN_SPLITS, _PARTIAL, _SCRATCH) = (P.SPLITS, P.NUM_PIECES, P.PIECES, P.TOKEN_SPLITS, P.PARTIAL, P.SCRATCH)
-(_SCRATCH_BYTES, _RESIDUAL, _X, _X_STRIDE, _SUMS, _SUMS_STRIDE) = (P.SCRATCH_BYTES, P.RESIDUAL, P.X, P.X_STRIDE, P.SUMS, P.SUMS_STRIDE)
-(_QKV, _QKV_STRIDE, _ATTENDED, _H, _H_STRIDE, _H_SUMS) = (P.QKV, P.QKV_STRIDE, P.ATTENDED, P.H, P.H_STRIDE, P.H_SUMS)
-(_H_SUMS_STRIDE, _OUT, _Q_NORM, _K_NORM, _WINDOW, _PIECE_FUNCTION) = (P.H_SUMS_STRIDE, P.OUT, P.Q_NORM, P.K_NORM, P.WINDOW, P.PIECE_FUNCTION)
-(_SPLIT_FUNCTION, _TILE_FUNCTION, _PRODUCT, _GATE_UP, _ROPE_STORE, _ATTEND) = (P.SPLIT_FUNCTION, P.TILE_FUNCTION, P.PRODUCT, P.GATE_UP, P.ROPE_STORE, P.ATTEND)
-(_NORM_STAGE, _MERGE) = (P.NORM_STAGE, P.MERGE)
-(_L_INPUT_NORM, _L_QKV, _L_Q_NORM, _L_K_NORM, _L_O, _L_POST_NORM) = (L.INPUT_NORM, L.QKV, L.Q_NORM, L.K_NORM, L.O, L.POST_NORM)
-(_L_GATE_UP, _L_DOWN, _L_WINDOW, _L_COUNT) = (L.GATE_UP, L.DOWN, L.WINDOW, L.COUNT)
+(_TOKENS, _EPS, _EXACT, _HIDDEN) = (P.TOKENS, P.EPS, P.EXACT, P.HIDDEN)
+(_INTERMEDIATE, _HEADS, _KV_HEADS, _HEAD_DIM) = (P.INTERMEDIATE, P.HEADS, P.KV_HEADS, P.HEAD_DIM)
+(_HALF, _COS, _SIN, _LOGN_LENGTH) = (P.HALF, P.COS, P.SIN, P.LOGN_LENGTH)
+(_TABLE, _NUM_LAYERS, _FINAL_NORM, _POOL) = (P.TABLE, P.NUM_LAYERS, P.FINAL_NORM, P.POOL)
+(_POOL_LAYER_BYTES, _BLOCK_LEN, _POOL_EXACT, _POSITIONS) = (P.POOL_LAYER_BYTES, P.BLOCK_LEN, P.POOL_EXACT, P.POSITIONS)
+(_SLOTS, _BLOCK_TABLES, _BLOCK_TABLE_STRIDE, _NUM_SPLITS) = (P.SLOTS, P.BLOCK_TABLES, P.BLOCK_TABLE_STRIDE, P.NUM_SPLITS)
+(_SPLITS, _NUM_PIECES, _PIECES, _TOKEN_SPLITS) = (P.SPLITS, P.NUM_PIECES, P.PIECES, P.TOKEN_SPLITS)
+(_PARTIAL, _SCRATCH, _SCRATCH_BYTES, _RESIDUAL) = (P.PARTIAL, P.SCRATCH, P.SCRATCH_BYTES, P.RESIDUAL)
+(_X, _X_STRIDE, _SUMS, _SUMS_STRIDE) = (P.X, P.X_STRIDE, P.SUMS, P.SUMS_STRIDE)
+(_QKV, _QKV_STRIDE, _ATTENDED, _H) = (P.QKV, P.QKV_STRIDE, P.ATTENDED, P.H)
+(_H_STRIDE, _H_SUMS, _H_SUMS_STRIDE, _OUT) = (P.H_STRIDE, P.H_SUMS, P.H_SUMS_STRIDE, P.OUT)
+(_Q_NORM, _K_NORM, _WINDOW, _PIECE_FUNCTION) = (P.Q_NORM, P.K_NORM, P.WINDOW, P.PIECE_FUNCTION)
+(_SPLIT_FUNCTION, _TILE_FUNCTION, _PRODUCT, _GATE_UP) = (P.SPLIT_FUNCTION, P.TILE_FUNCTION, P.PRODUCT, P.GATE_UP)
+(_ROPE_STORE, _ATTEND, _NORM_STAGE, _MERGE) = (P.ROPE_STORE, P.ATTEND, P.NORM_STAGE, P.MERGE)
+(_L_INPUT_NORM, _L_QKV, _L_Q_NORM, _L_K_NORM, _L_O) = (L.INPUT_NORM, L.QKV, L.Q_NORM, L.K_NORM, L.O)
+(_L_POST_NORM, _L_GATE_UP, _L_DOWN, _L_WINDOW, _L_COUNT) = (L.POST_NORM, L.GATE_UP, L.DOWN, L.WINDOW, L.COUNT)
 # fmt: on
 
 STAGES_OF_A_LAYER = 9
@@ -183,7 +197,10 @@ def attend_stage(params, stage, tid, pool, window):  # type: ignore[no-untyped-d
     finish(stage, done, items)
 
 
-def product_stage(stage, n, tile_function, w, bias, tiles, chunks, tile_bytes, x, x_stride, sums, sums_stride, y, y_stride, add, num_rows):  # type: ignore[no-untyped-def]
+def product_stage(  # type: ignore[no-untyped-def]
+    stage, n, tile_function, w, bias, tiles, chunks, tile_bytes, x, x_stride, sums, sums_stride, y, y_stride, add, num_rows
+):  # fmt: skip
+    """`product` by address: six words of the weight, activations, result."""
     product(stage, n, tile_function, w, bias, tiles, chunks, tile_bytes, x, x_stride, sums, sums_stride, y, y_stride, add, num_rows)
 
 

@@ -263,7 +263,7 @@ def product(stage, n, tile_function, w, bias, tiles, chunks, tile_bytes, x, x_st
     """A stage: y (+)= x @ w.T + bias. An item is a tile for a block of rows; the same tiles for block after block."""
     blocks = (num_rows + ROW_BLOCK - 1) // ROW_BLOCK
     items, done = tiles * blocks, 0
-    least = 1 if num_rows < 8 else 2 if blocks == 1 else 4
+    least = 0 if num_rows < 8 else 2 if blocks == 1 else 4
     while True:
         piece = atomic_add(stage, 1)
         item, stop = piece_start(piece, items, n, least), piece_start(piece + 1, items, n, least)

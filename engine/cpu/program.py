@@ -30,6 +30,7 @@ from engine.cpu.threads import (
     finish,
     leave_job,
     open_job,
+    piece_start,
     rows_at_once,
 )  # fmt: skip
 from engine.cpu.vector import caller, f64_at, i32_at, i64_at
@@ -145,7 +146,7 @@ call_norm = caller(5)
 call_merge = caller(4)
 call_rope_store = caller(6)
 call_attend = caller(5)
-call_gate_up = caller(8)
+call_gate_up = caller(9)
 call_product = caller(16)
 call_job = caller(4)
 
@@ -178,8 +179,8 @@ def attend_stage(params, stage, tid, pool, window):  # type: ignore[no-untyped-d
             row, first, tokens, position = pieces[at], pieces[at + 1], pieces[at + 2], pieces[at + 3]
             call_piece(
                 p[_PIECE_FUNCTION], p[_TILE_FUNCTION], p[_QKV] + first * p[_QKV_STRIDE], p[_QKV_STRIDE], tokens, position,
-                pool, p[_BLOCK_TABLES] + row * p[_BLOCK_TABLE_STRIDE], window, kv_head, heads, kv_heads, head_dim, p[_BLOCK_LEN], p[_POOL_EXACT], scratch,
-                p[_ATTENDED] + first * out_stride, out_stride,
+                pool, p[_BLOCK_TABLES] + row * p[_BLOCK_TABLE_STRIDE], window, kv_head, heads, kv_heads, head_dim,
+                p[_BLOCK_LEN], p[_POOL_EXACT], scratch, p[_ATTENDED] + first * out_stride, out_stride,
             )  # fmt: skip
             continue
         split, kv_head = (item - num_pieces) // kv_heads, (item - num_pieces) % kv_heads
@@ -233,7 +234,7 @@ def merge_stage(params, stage, n, put):  # type: ignore[no-untyped-def]
     finish(stage, done, rows)
 
 
-def gate_up_stage(params, stage, tid, tile_function, w, bias, chunks, tile_bytes):  # type: ignore[no-untyped-def]
+def gate_up_stage(params, stage, tid, n, tile_function, w, bias, chunks, tile_bytes):  # type: ignore[no-untyped-def]
     """H = silu(gate) * up, 32 columns of up to ROW_BLOCK rows at a time; gate and up go no further than the scratch."""
     p = i64_at(params)
     tokens, exact = p[_TOKENS], p[_EXACT]
@@ -243,24 +244,27 @@ def gate_up_stage(params, stage, tid, tile_function, w, bias, chunks, tile_bytes
     product_row = scratch + ROW_BLOCK * 256
     element = 4 if exact else 2
     items, done = columns * ((tokens + ROW_BLOCK - 1) // ROW_BLOCK), 0
+    least = 0 if tokens < 8 else 1
     while True:
-        item = atomic_add(stage, 1)
-        if item >= items:
+        piece = atomic_add(stage, 1)
+        begin, stop = piece_start(piece, items, n, least), piece_start(piece + 1, items, n, least)
+        if begin >= items:
             break
-        done += 1
-        column, first = item % columns, item // columns * ROW_BLOCK
-        rows = min(ROW_BLOCK, tokens - first)
-        x, sums = p[_X] + first * p[_X_STRIDE], p[_SUMS] + first * p[_SUMS_STRIDE]
-        for part in range(2):
-            tile = 2 * column + part * up_tile
-            call_tile_rows(
-                tile_function, w + tile * tile_bytes, 2, tile_bytes, x, p[_X_STRIDE], sums, p[_SUMS_STRIDE], bias + 64 * tile,
-                scratch + 128 * part, 256, chunks, 0, rows,
-            )  # fmt: skip
-        for t in range(rows):
-            silu_vectors(scratch + 256 * t, scratch + 256 * t + 128, product_row, 2)
-            h = p[_H] + (first + t) * p[_H_STRIDE] + CHUNK * element * column
-            put_row(exact, product_row, h, p[_H_SUMS] + (first + t) * p[_H_SUMS_STRIDE] + 4 * column, 1)
+        done += stop - begin
+        for item in range(begin, stop):
+            column, first = item % columns, item // columns * ROW_BLOCK
+            rows = min(ROW_BLOCK, tokens - first)
+            x, sums = p[_X] + first * p[_X_STRIDE], p[_SUMS] + first * p[_SUMS_STRIDE]
+            for part in range(2):
+                tile = 2 * column + part * up_tile
+                call_tile_rows(
+                    tile_function, w + tile * tile_bytes, 2, tile_bytes, x, p[_X_STRIDE], sums, p[_SUMS_STRIDE], bias + 64 * tile,
+                    scratch + 128 * part, 256, chunks, 0, rows,
+                )  # fmt: skip
+            for t in range(rows):
+                silu_vectors(scratch + 256 * t, scratch + 256 * t + 128, product_row, 2)
+                h = p[_H] + (first + t) * p[_H_STRIDE] + CHUNK * element * column
+                put_row(exact, product_row, h, p[_H_SUMS] + (first + t) * p[_H_SUMS_STRIDE] + 4 * column, 1)
     finish(stage, done, items)
 
 
@@ -299,7 +303,7 @@ def layers(stages, params, tid, n):  # type: ignore[no-untyped-def]
         _product(p, layer + 8 * _L_O, stage + 320, n, x, x_stride, sums, sums_stride, p[_RESIDUAL], 4 * hidden, 1, tokens)
         call_norm(p[_NORM_STAGE], params, stage + 384, tid, n, w[_L_POST_NORM])
         gate = i64_at(layer + 8 * _L_GATE_UP)
-        call_gate_up(p[_GATE_UP], params, stage + 448, tid, gate[0], gate[1], gate[2], gate[4], gate[5])
+        call_gate_up(p[_GATE_UP], params, stage + 448, tid, n, gate[0], gate[1], gate[2], gate[4], gate[5])
         _product(
             p, layer + 8 * _L_DOWN, stage + 512, n, p[_H], p[_H_STRIDE], p[_H_SUMS], p[_H_SUMS_STRIDE], p[_RESIDUAL], 4 * hidden, 1, tokens
         )

@@ -131,7 +131,13 @@ def rows_at_once(rows: int, n: int) -> int:
 
 @njit(nogil=True)
 def piece_start(index: int, count: int, n: int, least: int) -> int:
-    """Where piece `index` of `count` items begins: n large pieces that cover three quarters, then pieces of `least`."""
+    """Where piece `index` of `count` items begins: n large pieces that cover three quarters, then pieces of `least`.
+
+    least = 0: n pieces, all of one size. Bound by memory, a thread must read one long stretch: what it fetches ahead
+    at the end of a stretch lands in the wrong core's cache.
+    """
+    if least == 0:
+        return min(count, index * ((count + n - 1) // n))
     large = count * 3 // (4 * n) // least * least
     if index <= n:
         return index * large

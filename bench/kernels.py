@@ -192,6 +192,8 @@ class Bench:
         def step() -> np.ndarray:
             ready = cpu.begin(batch)
             hidden = cpu.run_layers(cpu.embed(self.embedding, ready), ready)
+            if hidden is None:
+                raise RuntimeError("The pass over all layers is not bound.")
             return cpu.to_numpy(cpu.logits(cpu.take(hidden, batch.sampled), self.head))
 
         seconds = best(step, self.repeats if tokens <= 64 else max(5, self.repeats // 3))

@@ -244,7 +244,7 @@ def gate_up_stage(params, stage, tid, n, tile_function, w, bias, chunks, tile_by
     product_row = scratch + ROW_BLOCK * 256
     element = 4 if exact else 2
     items, done = columns * ((tokens + ROW_BLOCK - 1) // ROW_BLOCK), 0
-    least = 0 if tokens < 8 else 1
+    least = 0 if tokens <= 32 else 1
     while True:
         piece = atomic_add(stage, 1)
         begin, stop = piece_start(piece, items, n, least), piece_start(piece + 1, items, n, least)

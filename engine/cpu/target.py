@@ -13,6 +13,7 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding as llvm
 import numba
@@ -28,9 +29,12 @@ class Features:
     x86: bool
 
 
+_config: Any = numba.config  # its members are made at run time
+
+
 def _features() -> Features:
-    if numba.config.CPU_FEATURES is not None or numba.config.CPU_NAME is not None:
-        names = {f[1:] for f in (numba.config.CPU_FEATURES or "").split(",") if f.startswith("+")}
+    if _config.CPU_FEATURES is not None or _config.CPU_NAME is not None:
+        names = {f[1:] for f in (_config.CPU_FEATURES or "").split(",") if f.startswith("+")}
     else:
         names = {name for name, present in llvm.get_host_cpu_features().items() if present}
     return Features(
@@ -48,8 +52,8 @@ def _source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-if numba.config.CACHE_DIR:
-    numba.config.CACHE_DIR = os.path.join(numba.config.CACHE_DIR, f"cpu-{_source_digest()}")
-    os.makedirs(numba.config.CACHE_DIR, mode=0o700, exist_ok=True)
+if _config.CACHE_DIR:
+    _config.CACHE_DIR = os.path.join(_config.CACHE_DIR, f"cpu-{_source_digest()}")
+    os.makedirs(_config.CACHE_DIR, mode=0o700, exist_ok=True)
 
 FEATURES = _features()

@@ -211,7 +211,7 @@ def kernel(arguments: str, result: str = "v") -> Callable[[Callable[..., Value |
         typed.__doc__ = emit.__doc__
         # numba folds arguments by the signature and would read *args as one tuple: name each
         names = ["typingctx", *(f"a{i}" for i in range(len(arguments)))]
-        typed.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names])
+        setattr(typed, "__signature__", inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]))  # noqa: B010
         return intrinsic(typed)
 
     return wrap
@@ -236,8 +236,9 @@ def compiled(function: Callable[..., None]) -> int:
     known = _COMPILED.get(function)
     if known is None:
         signature = types.void(*[types.int64] * function.__code__.co_argcount)
-        known = _COMPILED[function] = cfunc(signature, cache=True, nopython=True)(function)
-    return known.address
+        known = _COMPILED[function] = cfunc(signature, cache=True)(function)
+    address: int = known.address
+    return address
 
 
 _COMPILED: dict[Callable[..., None], Any] = {}

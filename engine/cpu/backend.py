@@ -145,11 +145,21 @@ class CpuBackend:
         return Rope(np.ascontiguousarray(cos, np.float32), np.ascontiguousarray(sin, np.float32))
 
     def make_kv(self, layout: KVLayout, num_blocks: int) -> np.ndarray:
-        """[layers, ...] of float32, or of uint16 that hold bfloat16."""
+        """[layers, ...] of float32, or of uint16 that hold bfloat16. Compiles what no weight has asked for yet."""
         if layout.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"A KV cache of {layout.dtype} is not computed on the CPU; use 'bfloat16' or 'float32'.")
         self._kv = np.empty(layout.shape(num_blocks), np.float32 if layout.dtype == "float32" else np.uint16)
+        self._warm_up(layout)
         return self._kv
+
+    def _warm_up(self, layout: KVLayout) -> None:
+        """Compile, or read from the disk cache, every function a step can need, so that the first step does not wait."""
+        exact = layout.dtype == "float32"
+        matmul.tile_function(matmul.D32 if exact else matmul.D16)
+        piece_function()
+        split_function(layout.head_dim, exact)
+        for job in program.JOBS:
+            compiled(job)
 
     def bind(self, decoder: Any) -> None:
         spec = decoder.spec

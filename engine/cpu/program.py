@@ -390,3 +390,10 @@ def serve(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
         if slot != 0:
             call_job(i64_at(slot)[PARAMS], slot + 8 * STAGES, slot + 8 * PARAMS, tid, n)
         leave_job(ctrl, job)
+
+
+# every function that is called by address
+JOBS = (
+    layers, norm_stage, product_stage, store_stage, attend_stage, merge_stage, gate_up_stage,
+    linear, norm, add_norm, silu_mul, embed, rope_store, attention,
+)  # fmt: skip

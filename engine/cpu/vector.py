@@ -237,8 +237,8 @@ def compiled(function: Callable[..., None]) -> int:
     if known is None:
         signature = types.void(*[types.int64] * function.__code__.co_argcount)
         known = _COMPILED[function] = cfunc(signature, cache=True)(function)
-    address: int = known.address
-    return address
+    address: Any = known.address
+    return int(address)
 
 
 _COMPILED: dict[Callable[..., None], Any] = {}

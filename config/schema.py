@@ -144,9 +144,6 @@ class Engine:
     )
     num_threads: int = knob(0, "CPU threads of the runner; 0: the cores this process may use.", min=0, max=1024)
     kernel_cache_dir: str = knob(".cache/kernels", "Where compiled kernels are kept (made with mode 0700).")
-    w4_dense_copy: str = knob(
-        AUTO, "Keep a 16-bit copy of 4-bit weights for long prompt parts; auto: where memory allows.", choices=(AUTO, "true", "false")
-    )
     rope_scaling_factor: float = knob(0.0, "0: as the checkpoint says; 1 or more: dynamic NTK scaling with this factor.", min=0, max=1024)
     use_logn_attn: bool = knob(False, "Scale queries beyond the trained length by log_n, as Qwen-1 does.")
     step_timeout_s: float = knob(

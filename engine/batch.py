@@ -1,15 +1,15 @@
 """`StepPlan` -> flat arrays: the index arithmetic of a step, in numpy only, so that it is tested without a model.
 
-    T tokens of this step, row after row; R rows; S sampled rows; B = widest block table among the rows
+T tokens of this step, row after row; R rows; S sampled rows; B = widest block table among the rows
 
-    ids         int32 [T]       id of each token
-    positions   int32 [T]       its position in its sequence
-    kv_slots    int64 [T]       where its K/V goes: block * block_seq_len + offset
-    row_starts  int32 [R + 1]   tokens of row r are row_starts[r] .. row_starts[r + 1] - 1
-    contexts    int32 [R]       positions that exist after this step (start + count)
-    tables      int32 [R, B]    block tables; entries beyond a row's own blocks are -1 and must not be read
-    sampled     int32 [S]       token index of the last token of each sampled row
-    num_decode                  rows 0 .. num_decode - 1 have exactly one token and are sampled
+ids         int32 [T]       id of each token
+positions   int32 [T]       its position in its sequence
+kv_slots    int64 [T]       where its K/V goes: block * block_seq_len + offset
+row_starts  int32 [R + 1]   tokens of row r are row_starts[r] .. row_starts[r + 1] - 1
+contexts    int32 [R]       positions that exist after this step (start + count)
+tables      int32 [R, B]    block tables; entries beyond a row's own blocks are -1 and must not be read
+sampled     int32 [S]       token index of the last token of each sampled row
+num_decode                  rows 0 .. num_decode - 1 have exactly one token and are sampled
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def load_backend(config: Config, spec: ModelSpec, device: str, dtype: str) -> Ba
     if device == "cpu":
         from engine.cpu.backend import CpuBackend
 
-        return CpuBackend(spec, dtype, num_threads(config), dense_copy=config.engine.w4_dense_copy)
+        return CpuBackend(spec, dtype, num_threads(config))
     raise ConfigError(f"engine.device = '{device}' is not one of auto, cpu, reference, mock.")
 
 

@@ -419,4 +419,3 @@ class Engine:
     def check_integrity(self) -> None:
         """Every block in exactly one state, every count equal to what tables say (our own invariant)."""
         self.scheduler.check_integrity()
-

@@ -22,7 +22,12 @@ from engine.weight_files import Stored, take_stock
 from formats.gguf import TYPES
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NUMPY_DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<u2"), "BF16": np.dtype("<u2")}  # numpy has no bfloat16: halves as bits
+NUMPY_DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<u2"),
+    "BF16": np.dtype("<u2"),
+    # numpy has no bfloat16: halves as bits
+}
 BITS = {  # signed integer of the same size, all bits but the sign, infinity
     torch.float32: (torch.int32, np.int32(0x7FFFFFFF), 0x7F800000),
     torch.float16: (torch.int16, np.int16(0x7FFF), 0x7C00),

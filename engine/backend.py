@@ -85,3 +85,6 @@ class Backend(Protocol):
 
     def to_numpy(self, logits: Array) -> np.ndarray:
         """float32 [S, vocab] on the host."""
+
+    def close(self) -> None:
+        """End the threads it started."""

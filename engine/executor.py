@@ -34,6 +34,9 @@ class StepRunner(Protocol):
 
     def step(self, plan: StepPlan) -> StepResult: ...
 
+    def close(self) -> None:
+        """End the threads it started."""
+
 
 class Executor(Protocol):
     on_error: Callable[[], None]  # called on the event loop when the other side died, also while nobody is in `recv`
@@ -156,6 +159,8 @@ class ThreadExecutor(_WithInbox):
             dead = EngineDead(f"The runner failed: {type(error).__name__}.")
             dead.__cause__ = error
             tell(self._inbox.fail, dead)
+        finally:
+            runner.close()
 
 
 class ProcessExecutor(_WithInbox):

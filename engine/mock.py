@@ -55,6 +55,9 @@ class MockRunner:
         self._block_sums = np.zeros(num_blocks, np.uint64)
         self._eos = spec.eos_token_ids[0] if spec.eos_token_ids else -1
 
+    def close(self) -> None:
+        """Nothing was started."""
+
     def step(self, plan: StepPlan) -> StepResult:
         started = time.perf_counter()
         self._apply(plan)

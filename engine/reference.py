@@ -186,3 +186,6 @@ class ReferenceBackend:
 
     def to_numpy(self, logits: np.ndarray) -> np.ndarray:
         return logits
+
+    def close(self) -> None:
+        """Nothing was started."""

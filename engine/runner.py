@@ -64,6 +64,9 @@ class Runner:
         self._remember(plan, ids)
         return StepResult(plan.step, tuple(ids), tuple(logprobs), int((time.perf_counter() - started) * 1e6))
 
+    def close(self) -> None:
+        self._backend.close()
+
     def _sample(self, logits: np.ndarray, slots: tuple[int, ...]) -> tuple[list[int], list]:
         """Rank 0 samples, the others are told."""
         if self._ranks.size == 1:

@@ -99,7 +99,7 @@ class CpuBackend:
 
     name = "cpu"
 
-    def __init__(self, spec: ModelSpec, dtype: str, num_threads: int, *, dense_copy: str = "auto") -> None:
+    def __init__(self, spec: ModelSpec, dtype: str, num_threads: int) -> None:
         if dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"model.dtype = '{dtype}' is not computed on the CPU; use 'bfloat16' or 'float32'.")
         if not 1 <= num_threads <= MAX_THREADS:

@@ -28,6 +28,9 @@ class CountingRunner:
         self.before = before
         self.sampled = 99
 
+    def close(self) -> None:
+        """Nothing to end."""
+
     def step(self, plan: StepPlan) -> StepResult:
         self.before(plan)
         ids = []

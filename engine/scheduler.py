@@ -370,6 +370,8 @@ class Scheduler:
         if seq is self._blocked[0] and self._blocked[1] > room:
             return None
         match = manager.match(seq.token_ids, seq.salt)
+        if self._soon_cached(seq, len(match.hits)):
+            return None
         needs = self._needs(seq, match.num_taken)
         blocks = manager.reserve(match) if needs <= room else None
         if blocks is None:
@@ -381,6 +383,22 @@ class Scheduler:
         eos = tuple(sorted(seq.eos_token_ids))
         admits.append(Admit(seq.slot, tuple(seq.token_ids), seq.num_prompt, tuple(blocks), seq.params, eos))
         return seq
+
+    def _soon_cached(self, seq: Sequence, num_hits: int) -> bool:
+        """Whether the block after its hits is being computed for another sequence (n > 1, a burst with one system prompt).
+
+        Waiting the step or two until that can be matched is cheaper than computing it again. Nobody waits for good: the
+        other one is running or its step is in flight, and in the next plan this is asked anew.
+        """
+        end = (num_hits + 1) * self.manager.block_seq_len
+        if not self.manager.enable_prefix_caching or end >= len(seq.token_ids):
+            return False
+        last = seq.token_ids[end - 1]
+        writers = [*self._prompting, *(writer for step in self._steps for writer, *_ in step.filled)]
+        return any(
+            len(w.token_ids) >= end and w.token_ids[end - 1] == last and w.salt == seq.salt and w.token_ids[:end] == seq.token_ids[:end]
+            for w in writers
+        )
 
     def _enter(self, seq: Sequence, blocks: list[int], num_cached: int, now: float) -> None:
         seq.move(RUNNING)

@@ -455,6 +455,48 @@ def test_a_block_is_not_found_before_its_step_has_ended() -> None:
     world.check_answers()
 
 
+def test_a_burst_with_one_prompt_computes_it_once() -> None:
+    """n > 1, or many clients with one system prompt: the others wait until the first one's blocks can be matched."""
+    world = roomy()
+    burst = [world.add([7] * 41, max_tokens=3, seed=i) for i in range(6)]
+    world.plan()
+    assert [seq.status for seq in burst] == [Status.RUNNING] + [Status.WAITING] * 5
+    world.run()
+    assert [seq.num_cached for seq in burst] == [0] + [40] * 5
+    world.check_answers()
+
+
+def test_a_long_prompt_is_followed_part_by_part() -> None:
+    world = roomy(max_step_tokens=16)
+    first, second = world.add([7] * 41, max_tokens=1), world.add([7] * 41, max_tokens=1)
+    world.run()
+    assert (first.num_cached, second.num_cached) == (0, 40)
+    world.check_answers()
+
+
+@pytest.mark.parametrize("other", [{"salt": b"other"}, {"prompt": [7] * 3 + [8] * 38}, {"prompt": [7] * 4}])
+def test_who_shares_no_full_block_waits_for_nobody(other: dict[str, object]) -> None:
+    world = roomy()
+    world.add([7] * 41, max_tokens=3)
+    second = world.add(**{"prompt": [7] * 41, "max_tokens": 3, **other})  # type: ignore[arg-type]
+    world.plan()
+    assert second.status is Status.RUNNING
+
+
+@pytest.mark.parametrize("when", ["before its step has ended", "in mid-prompt"])
+def test_the_one_waited_for_may_be_aborted(when: str) -> None:
+    world = roomy(max_step_tokens=16)
+    first, second = world.add([7] * 41, max_tokens=3), world.add([7] * 41, max_tokens=3)
+    world.plan()
+    if when == "in mid-prompt":
+        world.apply()
+        world.plan()
+    world.scheduler.abort(first.id)
+    world.run()
+    assert second.finish_reason is FinishReason.LENGTH
+    world.check_answers()
+
+
 # -- ends -------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ not one of ours, PyPI `gguf`'s dequantizers do the work (its quants module only:
     Q4_1   d f16, m f16, 16 bytes               w = d q + m           likewise
     Q4_K   d f16, dmin f16, 12 bytes, 128 bytes w = d s q - dmin t    8 groups of 32, s and t 6 bits each in the 12 bytes;
                                                                       32 bytes hold group 2c (low nibbles), 2c + 1 (high)
+    Q5_0   d f16, 4 bytes, 16 bytes             w = d (q - 16)        the fifth bits in the 4 bytes, nibbles as Q4_0
     Q8_0   d f16, 32 int8                       w = d q
 """
 
@@ -54,13 +55,22 @@ W4_CONVERTERS: dict[str, Callable[[np.ndarray], W4]] = {"Q4_0": _q4_0, "Q4_1": _
 
 
 def to_w8(raw: np.ndarray, kind: str) -> W8:
-    """Exactly the same numbers; Q8_0 only."""
+    """Exactly the same numbers, in groups of 32."""
     blocks = raw.reshape(raw.shape[0], -1, TYPES[kind].nbytes)
-    q = np.ascontiguousarray(blocks[:, :, 2:]).view(np.int8)
-    return W8(q.reshape(raw.shape[0], -1), _halves(blocks[:, :, :2])[:, :, 0])
+    return W8(W8_CONVERTERS[kind](blocks).reshape(raw.shape[0], -1), _halves(blocks[:, :, :2])[:, :, 0])
 
 
-W8_TYPES = ("Q8_0",)
+def _q5_0(blocks: np.ndarray) -> np.ndarray:
+    fifth = np.unpackbits(blocks[:, :, 2:6], axis=2, bitorder="little") << 4
+    nibbles = np.concatenate([blocks[:, :, 6:] & 15, blocks[:, :, 6:] >> 4], axis=2)
+    return (nibbles | fifth).view(np.int8) - np.int8(16)
+
+
+def _q8_0(blocks: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(blocks[:, :, 2:]).view(np.int8)
+
+
+W8_CONVERTERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"Q5_0": _q5_0, "Q8_0": _q8_0}
 
 
 def to_float32(raw: np.ndarray, kind: str) -> np.ndarray:

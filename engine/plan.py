@@ -21,8 +21,8 @@ from engine.weight_files import Stored, take_stock
 
 # Bytes an element of a weight takes once packed for the CPU kernels (the table in engine/cpu/matmul.py): nibbles with
 # 16-bit scale and bias, or 32-bit ones where 16 bits would round them; int8 with a 32-bit scale. The rest is dense.
-PACKED_BYTES = {"Q4_0": 320 / 512, "Q4_1": 320 / 512, "Q4_K": 384 / 512, "Q8_0": 576 / 512}
-FORM = {"Q4_0": "w4", "Q4_1": "w4", "Q4_K": "w4", "Q8_0": "w8"}  # weights of one form stay as they are when stacked
+PACKED_BYTES = {"Q4_0": 320 / 512, "Q4_1": 320 / 512, "Q4_K": 384 / 512, "Q5_0": 576 / 512, "Q8_0": 576 / 512}
+FORM = {"Q4_0": "w4", "Q4_1": "w4", "Q4_K": "w4", "Q5_0": "w8", "Q8_0": "w8"}  # weights of one form stay as they are when stacked
 STACKED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 PART = {"embed": "embedding", "lm_head": "output head", "qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp"}
 MIB = 2**20

@@ -1,4 +1,4 @@
-"""The 8-bit group layout (GGUF Q8_0 kept as it is): `w[n, k] = scale[n, k // 32] * q[n, k]`, q int8. numpy only."""
+"""The 8-bit group layout (GGUF Q8_0 kept as it is, Q5_0 without loss): `w[n, k] = scale[n, k // 32] * q[n, k]`, q int8. numpy only."""
 
 from __future__ import annotations
 

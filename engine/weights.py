@@ -14,7 +14,7 @@ import torch
 
 from engine import w4, w8
 from engine.errors import ModelError
-from engine.gguf_blocks import W4_CONVERTERS, W8_TYPES, to_float32, to_w4, to_w8
+from engine.gguf_blocks import W4_CONVERTERS, W8_CONVERTERS, to_float32, to_w4, to_w8
 from engine.models.spec import ModelSpec
 from engine.w4 import W4
 from engine.w8 import W8
@@ -97,7 +97,7 @@ def _quantized(stored: Stored, rows: slice, columns: slice, dense: bool) -> torc
     raw = _take_rows(raw, rows, stored)[:, first * block.nbytes : last * block.nbytes]
     start, stop = start - first * block.elements, stop - first * block.elements
     aligned = start % GROUP_SIZE == 0 and stop % GROUP_SIZE == 0
-    if dense or not aligned or stored.type not in W4_CONVERTERS and stored.type not in W8_TYPES:
+    if dense or not aligned or stored.type not in W4_CONVERTERS and stored.type not in W8_CONVERTERS:
         return _finite(_dequantized(raw, stored.type, slice(start, stop)), stored)
     weight = to_w4(raw, stored.type) if stored.type in W4_CONVERTERS else to_w8(raw, stored.type)
     _check_scales(weight, stored)
@@ -119,7 +119,7 @@ def _dequantized(raw: np.ndarray, kind: str, columns: slice) -> torch.Tensor:
 def _float32(raw: np.ndarray, kind: str) -> np.ndarray:
     if kind in W4_CONVERTERS:
         return w4.dequantize(to_w4(raw, kind))
-    return w8.dequantize(to_w8(raw, kind)) if kind in W8_TYPES else to_float32(raw, kind)
+    return w8.dequantize(to_w8(raw, kind)) if kind in W8_CONVERTERS else to_float32(raw, kind)
 
 
 def _contiguous(weight: W4 | W8) -> W4 | W8:

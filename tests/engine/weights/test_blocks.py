@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from engine import w4, w8
-from engine.gguf_blocks import W4_CONVERTERS, W8_TYPES, to_float32, to_w4, to_w8
+from engine.gguf_blocks import W4_CONVERTERS, W8_CONVERTERS, to_float32, to_w4, to_w8
 from engine.w4 import W4
 from engine.w8 import W8
 from engine.weight_files import DENSE_TYPES
@@ -40,7 +40,7 @@ def test_every_element(kind: str, rows: int, columns: int) -> None:
     expected = dequantized_by_the_package(raw, kind)
     if kind in W4_CONVERTERS:
         got = w4.dequantize(to_w4(raw, kind))
-    elif kind in W8_TYPES:
+    elif kind in W8_CONVERTERS:
         got = w8.dequantize(to_w8(raw, kind))
     else:
         got = to_float32(raw, kind)
@@ -59,7 +59,7 @@ def test_every_bit_pattern(kind: str, seed: int) -> None:
         if kind in W4_CONVERTERS:
             got = w4.dequantize(to_w4(raw, kind))
         else:
-            got = w8.dequantize(to_w8(raw, kind)) if kind in W8_TYPES else to_float32(raw, kind)
+            got = w8.dequantize(to_w8(raw, kind)) if kind in W8_CONVERTERS else to_float32(raw, kind)
     if kind == "Q4_0":  # d (q - 8) against d q - 8 d: the same number, but infinity minus infinity
         finite = np.isfinite(got)
         np.testing.assert_array_equal(got[finite], expected[finite])

@@ -81,7 +81,7 @@ def test_quantized_types(tmp_path: Path, kind: str) -> None:
     path = toy_gguf(tmp_path / "x.gguf", "qwen2", types=kind, hidden=256, layers=1)
     spec, checkpoint = opened(path)
     stock = take_stock(path, spec)
-    form = W4 if kind in ("Q4_0", "Q4_1", "Q4_K") else W8 if kind == "Q8_0" else torch.Tensor
+    form = W4 if kind in ("Q4_0", "Q4_1", "Q4_K") else W8 if kind in ("Q5_0", "Q8_0") else torch.Tensor
     for name, shape in expected_shapes(spec).items():
         if len(shape) == 1:
             continue

@@ -31,7 +31,13 @@ def test_packed_sizes_are_the_kernels() -> None:
     from engine.cpu.matmul import CHUNK_BYTES, D16, D32, W4, W4F, W8
 
     per_element = {kind: CHUNK_BYTES[kind] / 512 for kind in (W4, W4F, W8, D16, D32)}  # 16 channels x 32
-    assert PACKED_BYTES == {"Q4_0": per_element[W4], "Q4_1": per_element[W4], "Q4_K": per_element[W4F], "Q8_0": per_element[W8]}
+    assert PACKED_BYTES == {
+        "Q4_0": per_element[W4],
+        "Q4_1": per_element[W4],
+        "Q4_K": per_element[W4F],
+        "Q5_0": per_element[W8],
+        "Q8_0": per_element[W8],
+    }
     assert (per_element[D16], per_element[D32]) == (2, 4)
 
 
@@ -153,7 +159,9 @@ def test_a_mock_has_no_memory_to_plan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("types", ["Q4_1", "Q4_K", "Q8_0", "Q6_K", {"q": "Q4_K", "k": "Q4_K", "v": "Q6_K", "gate": "Q4_1", "up": "Q4_1"}])
+@pytest.mark.parametrize(
+    "types", ["Q4_1", "Q4_K", "Q5_0", "Q8_0", "Q6_K", {"q": "Q4_K", "k": "Q4_K", "v": "Q6_K", "gate": "Q4_1", "up": "Q4_1"}]
+)
 def test_the_plan_is_what_the_backend_holds(tmp_path: Path, dtype: str, types: str | dict[str, str]) -> None:
     from engine.cpu.backend import CpuBackend
     from engine.models.decoder import Decoder

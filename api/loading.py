@@ -84,7 +84,7 @@ def load(config: Config) -> Loaded:
 
 def memory_plan(config: Config) -> MemoryPlan:
     """What `--plan` prints: read from headers, nothing allocated. For a hub name the files are fetched first."""
-    from engine.memory import free_bytes
+    from engine.host import free_bytes
     from engine.plan import plan_memory  # here: they bring numba, which the serving process does without
 
     config = with_local_files(config)

@@ -142,7 +142,9 @@ class Engine:
     max_prefill_token_num: int = knob(
         512, "Token budget of a step: running sequences first, prompt parts fill the rest.", min=1, max=1 << 20
     )
-    num_threads: int = knob(0, "CPU threads of the runner; 0: the cores this process may use.", min=0, max=1024)
+    num_threads: int = knob(
+        0, "CPU threads of a rank, at most the cores this process may use; 0: those cores, shared among the ranks.", min=0, max=1024
+    )
     kernel_cache_dir: str = knob(".cache/kernels", "Where compiled kernels are kept (made with mode 0700).")
     rope_scaling_factor: float = knob(0.0, "0: as the checkpoint says; 1 or more: dynamic NTK scaling with this factor.", min=0, max=1024)
     use_logn_attn: bool = knob(False, "Scale queries beyond the trained length by log_n, as Qwen-1 does.")

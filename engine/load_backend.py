@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from config.schema import Config
 from engine.errors import ConfigError
+from engine.host import usable_cores
 from engine.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -14,8 +14,14 @@ if TYPE_CHECKING:
 
 
 def num_threads(config: Config) -> int:
-    """CPU threads of a rank: the config's, else the cores this process may use, shared among the ranks."""
-    return config.engine.num_threads or max(1, len(os.sched_getaffinity(0)) // config.engine.tp)
+    """CPU threads of a rank: the config's, else the cores this process may use, shared among the ranks.
+
+    More threads than cores are refused: they wait for each other at every stage of every layer.
+    """
+    cores, wanted = usable_cores(), config.engine.num_threads
+    if wanted > cores:
+        raise ConfigError(f"engine.num_threads is {wanted}, but this process may use {cores} cores; set it to at most {cores}, or 0.")
+    return wanted or max(1, cores // config.engine.tp)
 
 
 def computing_dtype(config: Config, device: str) -> str:

@@ -16,8 +16,8 @@ from config.schema import Config
 from engine.batch import Slots
 from engine.cache.layout import KVLayout
 from engine.errors import DeviceError
+from engine.host import free_bytes
 from engine.load_backend import computing_dtype, load_backend, resolve_device
-from engine.memory import free_bytes
 from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec
 from engine.parallel import Ranks

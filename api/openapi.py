@@ -6,6 +6,7 @@ server accepts. The page under /docs loads nothing from anywhere.
 
 from __future__ import annotations
 
+import re
 from html import escape
 from typing import Any
 
@@ -15,7 +16,7 @@ from aiohttp import web
 from api.chat import chat_fields
 from api.completions import completion_fields
 from api.errors import json_response
-from api.schema import json_schema
+from api.schema import in_words, json_schema
 from api.service import SERVICE, Service
 from api.tokenize import detokenize_fields, tokenize_fields
 from config.version import VERSION
@@ -179,7 +180,8 @@ def _page(document: Schema) -> str:
             rows.append(_fields_html(operation))
     style = (
         "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-        "td,th{text-align:left;padding:.2em .8em .2em 0;vertical-align:top}"
+        "table{border-collapse:collapse;width:100%}"
+        "td,th{text-align:left;padding:.3em .8em .3em 0;vertical-align:top;border-top:1px solid #ddd}"
     )
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>numbatch</title><style>{style}</style>"
@@ -194,10 +196,8 @@ def _fields_html(operation: Schema) -> str:
     schema = body["content"]["application/json"]["schema"]
     rows = []
     for name, field in schema["properties"].items():
-        shape = {key: value for key, value in field.items() if key not in ("description", "default")}
-        allowed = orjson.dumps(shape).decode()
-        allowed = allowed if len(allowed) <= 120 else "see /openapi.json"
+        allowed = re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(in_words(field)))
         default = orjson.dumps(field["default"]).decode() if "default" in field else ""
-        cells = (f"<code>{escape(name)}</code>", escape(field["description"]), f"<code>{escape(allowed)}</code>", escape(default))
+        cells = (f"<code>{escape(name)}</code>", escape(field["description"]), allowed, f"<code>{escape(default)}</code>")
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f"<table><tr><th>field<th>meaning<th>allowed<th>default</tr>{''.join(rows)}</table>"

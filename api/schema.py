@@ -188,3 +188,20 @@ def nested(name: str, fields: Table, doc: str) -> Field:
         return parse_object(fields, value, f"{name}.")
 
     return Field(name, doc, json_schema(fields), parse)
+
+
+def in_words(schema: dict[str, Any]) -> str:
+    """What a JSON schema allows, for people: literal values in backquotes; that null means the default goes without saying."""
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(in_words(way) for way in schema["anyOf"] if way.get("type") != "null"))
+    if "enum" in schema:
+        values = [value for value in schema["enum"] if value is not None]
+        return "one of " * (len(values) > 1) + ", ".join(f"`{value}`" for value in values)
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    kind = schema.get("type", "any")
+    text = " or ".join(k for k in kind if k != "null") if isinstance(kind, list) else str(kind)
+    if text == "array" and "items" in schema:
+        text = f"array of {in_words(schema['items'])}"
+    low, high = schema.get("minimum"), schema.get("maximum")
+    return text if low is None or high is None else f"{text}, {low:g} to {high if isinstance(high, int) else f'{high:g}'}"

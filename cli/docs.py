@@ -19,7 +19,7 @@ from api.chat import chat_fields
 from api.completions import completion_fields
 from api.counters import Metrics
 from api.metrics import Families
-from api.schema import Table
+from api.schema import Table, in_words
 from api.service import Service
 from api.tokenize import detokenize_fields, tokenize_fields
 from config.docs import generated as generated_by_config
@@ -41,7 +41,7 @@ def _fields(build: Callable[[Request, str, int, int], Table]) -> str:
     rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
     for name, field in fields.items():
         default = "required" if field.required else _default(field.default)
-        rows.append(f"| `{name}` | {_type(field.schema)} | {default} | {field.doc} |")
+        rows.append(f"| `{name}` | {in_words(field.schema)} | {default} | {field.doc} |")
     text = "\n".join(rows)
     for stand_in, meaning in NAMES.items():
         text = re.sub(rf"\b{stand_in}\b", meaning, text)
@@ -52,21 +52,6 @@ def _default(value: Any) -> str:
     if value is None or value == () or value == "":
         return ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
-
-
-def _type(schema: dict[str, Any]) -> str:
-    if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(_type(way) for way in schema["anyOf"]))
-    if "enum" in schema:
-        return "one of " + ", ".join(f"`{value}`" for value in schema["enum"])
-    if "const" in schema:
-        return f"`{schema['const']}`"
-    kind = schema.get("type", "any")
-    text = " or ".join(kind) if isinstance(kind, list) else str(kind)
-    if text == "array" and "items" in schema:
-        text = f"array of {_type(schema['items'])}"
-    low, high = schema.get("minimum"), schema.get("maximum")
-    return text if low is None or high is None else f"{text}, {low:g} to {high if isinstance(high, int) else f'{high:g}'}"
 
 
 def _metrics() -> str:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from config.schema import Config
+from engine.admission import Admission
 from engine.cache.manager import CacheManager
-from engine.errors import BadParameter, ContextLengthExceeded, EngineDead, EngineDraining, EngineNotReady, QueueFull
+from engine.errors import BadParameter, ContextLengthExceeded, EngineDead, EngineDraining, EngineNotReady
 from engine.executor import Executor
 from engine.models.spec import ModelSpec
 from engine.scheduler import Scheduler
@@ -134,16 +135,13 @@ class Engine:
         self.observers: list[Callable[[StepRecord], None]] = []
         self.scheduler: Scheduler
         self.manager: CacheManager
+        self._admission: Admission
         self._executor = executor
         self._generations: dict[int, Generation] = {}
-        self._per_key: dict[str, int] = {}
-        self._keys: dict[int, str] = {}
         self._next_id = 0
         self._steps = 0
         self._in_flight: deque[StepPlan] = deque()
         self._last_progress_s = time.monotonic()
-        self._finish_times: deque[float] = deque(maxlen=64)
-        self._waiting_tokens_now: int | None = None  # kept for the submits between two turns: summing is linear in the queue
         self._wakeup = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -170,6 +168,7 @@ class Engine:
             session_len=self.session_len,
             max_queue_age_s=self.config.admission.max_queue_age_s,
         )
+        self._admission = Admission(self.config.admission, num_blocks * cache.cache_block_seq_len)
         self._last_progress_s = time.monotonic()
         self._task = asyncio.create_task(self._run(), name="engine-loop")
         self.status, self.reason = EngineStatus.READY, ""
@@ -215,7 +214,7 @@ class Engine:
         """
         self._check_status()
         self._check_prompt(prompt_ids, params)
-        self._check_room(len(prompt_ids), key)
+        self._admission.check(len(prompt_ids), key, self.scheduler.waiting)
         self._next_id += 1
         sequence = Sequence(
             id=self._next_id,
@@ -229,12 +228,9 @@ class Engine:
             salt=salt,
         )
         self.scheduler.add(sequence)
-        if self._waiting_tokens_now is not None:
-            self._waiting_tokens_now += len(prompt_ids)
+        self._admission.admitted(sequence, key)
         generation = Generation(self, sequence)
         self._generations[sequence.id] = generation
-        self._keys[sequence.id] = key
-        self._per_key[key] = self._per_key.get(key, 0) + 1
         self._idle.clear()
         self._wakeup.set()
         return generation
@@ -243,7 +239,7 @@ class Engine:
         """End a sequence now (STOP: the API saw a stop string); unknown and finished ones are left alone."""
         if sequence_id in self._generations and self.status is not EngineStatus.DEAD:
             event = self.scheduler.abort(sequence_id, reason)
-            self._waiting_tokens_now = None
+            self._admission.queue_changed()
             if event is not None:
                 self._deliver([event])
             self._wakeup.set()
@@ -258,7 +254,7 @@ class Engine:
         return EngineSnapshot(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            waiting_tokens=self._waiting_tokens(),
+            waiting_tokens=self._admission.waiting_tokens(scheduler.waiting),
             num_blocks=manager.num_blocks,
             free=manager.num_free,
             active=manager.num_active,
@@ -269,8 +265,6 @@ class Engine:
             steps=self._steps,
             last_progress_s=self._last_progress_s,
         )
-
-    # -- admission ----------------------------------------------------------------------------------------
 
     def _check_status(self) -> None:
         if self.status is EngineStatus.DEAD:
@@ -292,32 +286,6 @@ class Engine:
                 f"but a sequence holds at most {self.session_len}; shorten one of them.",
             )
         params.check_vocabulary(self.spec.vocab_size)
-
-    def _check_room(self, num_prompt: int, key: str) -> None:
-        limits = self.config.admission
-        if len(self._generations) >= limits.max_requests:
-            raise QueueFull(f"The server already has {limits.max_requests} sequences; try again later.", self._retry_after_s())
-        if self._per_key.get(key, 0) >= limits.max_requests_per_key:
-            message = f"This API key already has {limits.max_requests_per_key} sequences; try again later."
-            raise QueueFull(message, self._retry_after_s(), per_key=True)
-        pool = self.manager.num_blocks * self.config.cache.cache_block_seq_len
-        most = limits.max_queue_tokens or 4 * pool
-        waiting = self._waiting_tokens()
-        if waiting and waiting + num_prompt > most:
-            raise QueueFull(f"{waiting} prompt tokens already wait, the bound is {most}; try again later.", self._retry_after_s())
-
-    def _waiting_tokens(self) -> int:
-        if self._waiting_tokens_now is None:
-            self._waiting_tokens_now = sum(s.num_tokens for s in self.scheduler.waiting)
-        return self._waiting_tokens_now
-
-    def _retry_after_s(self) -> int:
-        """Seconds until about one sequence more has finished, from the finishes seen last; 1..60."""
-        times = self._finish_times
-        if len(times) < 2:
-            return 1
-        rate = (len(times) - 1) / max(time.monotonic() - times[0], 1e-3)
-        return max(1, min(60, math.ceil((len(self.scheduler.waiting) + 1) / rate)))
 
     # -- the loop -----------------------------------------------------------------------------------------
 
@@ -342,7 +310,7 @@ class Engine:
         if self._executor.error is not None:
             raise self._executor.error
         now = time.monotonic()
-        self._waiting_tokens_now = None
+        self._admission.queue_changed()
         self._deliver(self.scheduler.expire(now))
         while len(self._in_flight) < STEPS_IN_FLIGHT and (plan := self.scheduler.plan(now)) is not None:
             self._executor.send(plan)
@@ -383,11 +351,7 @@ class Engine:
 
     def _forget(self, sequence_id: int) -> None:
         del self._generations[sequence_id]
-        key = self._keys.pop(sequence_id)
-        self._per_key[key] -= 1
-        if not self._per_key[key]:
-            del self._per_key[key]
-        self._finish_times.append(time.monotonic())
+        self._admission.finished(sequence_id)
         if not self._generations:
             self._idle.set()
 
@@ -410,8 +374,6 @@ class Engine:
         for generation in list(self._generations.values()):
             generation._kill(error)
         self._generations.clear()
-        self._keys.clear()
-        self._per_key.clear()
         self._idle.set()
         if self._dead is not None and not self._dead.done():
             self._dead.set_result(error)

@@ -185,3 +185,28 @@ def test_a_deadline_ends_a_waiting_and_a_running_sequence() -> None:
         await engine.stop()
 
     asyncio.run(main())
+
+
+def test_waiting_tokens_are_bounded_and_counted_once() -> None:
+    release = threading.Event()
+
+    async def main() -> None:
+        runner = CountingRunner(lambda plan: (release.wait(), None)[1])
+        engine = await started(runner, engine={"max_batch_size": 1, "step_timeout_s": 20.0}, admission={"max_queue_tokens": 25})
+        generations = [engine.submit([1] * 10, SHORT)]
+        while not engine.snapshot().num_running:
+            await asyncio.sleep(0.001)
+        generations += [engine.submit([1] * 10, SHORT) for _ in range(2)]
+        assert engine.snapshot().waiting_tokens == 20
+        with pytest.raises(QueueFull, match="20 prompt tokens already wait, the bound is 25"):
+            engine.submit([1] * 10, SHORT)
+        generations.append(engine.submit([1] * 5, SHORT))
+        generations[1].abort()
+        assert engine.snapshot().waiting_tokens == 15
+        release.set()
+        for generation in (generations[0], *generations[2:]):
+            assert len(await collect(generation)) == 5
+        assert engine.snapshot().waiting_tokens == 0
+        await engine.stop()
+
+    asyncio.run(main())

@@ -47,7 +47,7 @@ class Runner:
         max_batch_size = config.engine.max_batch_size
         self._slots = Slots(max_batch_size, session_len, cache.cache_block_seq_len)
         self._sampler = Sampler(max_batch_size, session_len, spec.vocab_size)
-        self._warm_up(max_batch_size, config.engine.max_prefill_token_num)
+        self._warm_up(session_len, config.engine.max_prefill_token_num)
 
     def step(self, plan: StepPlan) -> StepResult:
         started = time.perf_counter()
@@ -95,11 +95,13 @@ class Runner:
             )
         return blocks
 
-    def _warm_up(self, max_batch_size: int, max_step_tokens: int) -> None:
-        """Run a prompt part and a decode step of each kind, so that no request waits for a compiler."""
-        tokens = max(1, min(32, max_step_tokens, self._slots.ids.shape[1] - 4, self.num_blocks * self._slots.block_seq_len - 4))
-        blocks = tuple(range(-(-(tokens + 2) // self._slots.block_seq_len)))
-        admit = Admit(0, tuple([0] * tokens), tokens, blocks, SamplingParams(max_tokens=2, temperature=1.0, top_k=2, top_p=0.9, logprobs=1))
+    def _warm_up(self, session_len: int, max_step_tokens: int) -> None:
+        """Run a prompt part and a decode step, so that no request waits for a compiler; within the pool and the rope tables."""
+        room = min(session_len, self.num_blocks * self._slots.block_seq_len)
+        tokens = max(1, min(32, max_step_tokens, room - 1))
+        blocks = tuple(range(-(-min(tokens + 1, room) // self._slots.block_seq_len)))
+        admit = Admit(0, (0,) * tokens, tokens, blocks, SamplingParams(max_tokens=2, temperature=1.0, top_k=2, top_p=0.9, logprobs=1))
         self.step(StepPlan(0, admits=(admit,), slots=(0,), starts=(0,), counts=(tokens,), samples=(1,)))
-        self.step(StepPlan(1, slots=(0,), starts=(tokens,), counts=(1,), samples=(1,)))
+        if tokens < room:
+            self.step(StepPlan(1, slots=(0,), starts=(tokens,), counts=(1,), samples=(1,)))
         self.step(StepPlan(2, releases=(0,)))

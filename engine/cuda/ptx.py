@@ -1,0 +1,191 @@
+"""A small vocabulary of PTX instructions as Numba intrinsics: what CUDA C would write as inline assembly.
+
+Each is one instruction of the PTX ISA (its section is named), typed: 16-bit pairs travel in a uint32, low half first;
+global addresses are uint64, shared ones uint32 (`shared_address`). Knows no kernel.
+
+`_asm(text, results, arguments)` makes one: `$0 ..` are the results, then the arguments. `pure` instructions may be moved,
+merged or dropped by the compiler; the others happen as often as written and in that order.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.cuda.extending import intrinsic
+
+u16, u32, u64, i32, f32 = types.uint16, types.uint32, types.uint64, types.int32, types.float32
+
+_LLVM = {u16: ir.IntType(16), u32: ir.IntType(32), i32: ir.IntType(32), u64: ir.IntType(64), f32: ir.FloatType()}
+_CONSTRAINT = {u16: "h", u32: "r", i32: "r", u64: "l", f32: "f"}
+
+
+def _asm(text: str, results: list[Any], arguments: list[Any], *, pure: bool = False, memory: bool = False, tied: int = 0) -> Any:
+    """An intrinsic that emits `text`.
+
+    `memory`: it reads or writes memory that other code may touch. `tied`: the first `tied` arguments are also the first
+    results, in the same registers (accumulators that an instruction updates in place).
+    """
+    returns = types.void if not results else results[0] if len(results) == 1 else _tuple(results)
+    constraints = ",".join(
+        [f"={_CONSTRAINT[r]}" for r in results]
+        + [str(i) if i < tied else _CONSTRAINT[a] for i, a in enumerate(arguments)]
+        + (["~{memory}"] if memory else [])
+    )
+    llvm_returns = (
+        ir.VoidType() if not results else _LLVM[results[0]] if len(results) == 1 else ir.LiteralStructType([_LLVM[r] for r in results])
+    )
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        kind = ir.FunctionType(llvm_returns, [_LLVM[a] for a in arguments])
+        value = builder.call(ir.InlineAsm(kind, text, constraints, side_effect=not pure), operands)
+        if not results:
+            return context.get_dummy_value()
+        if len(results) == 1:
+            return value
+        return context.make_tuple(builder, returns, [builder.extract_value(value, i) for i in range(len(results))])
+
+    def typed(typingctx: Any, *given: Any) -> Any:
+        return returns(*arguments), generate
+
+    # numba reads the signature to count the arguments of a call
+    parameter = inspect.Parameter
+    names = ["typingctx", *(f"a{i}" for i in range(len(arguments)))]
+    typed.__signature__ = inspect.Signature([parameter(name, parameter.POSITIONAL_OR_KEYWORD) for name in names])  # type: ignore[attr-defined]
+    return intrinsic(typed)
+
+
+def _tuple(results: list[Any]) -> Any:
+    return types.UniTuple(results[0], len(results)) if len(set(results)) == 1 else types.Tuple(results)
+
+
+# -- addresses ----------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def address(typingctx: Any, pointer: Any) -> Any:
+    """uint64: the address that a pointer argument holds."""
+    if not isinstance(pointer, types.CPointer):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        return builder.ptrtoint(operands[0], ir.IntType(64))
+
+    return u64(pointer), generate
+
+
+@intrinsic
+def _generic_address(typingctx: Any, array: Any) -> Any:
+    if not isinstance(array, types.Array):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        return builder.ptrtoint(context.make_array(array)(context, builder, value=operands[0]).data, ir.IntType(64))
+
+    return u64(array), generate
+
+
+to_shared = _asm("{ .reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t; }", [u32], [u64], pure=True)  # cvta
+generic_address = _generic_address  # uint64 of a shared or local array; to_shared(generic_address(a)) for the loads below
+
+# -- loads and stores: ld, st ---------------------------------------------------------------------------------------------
+# `stream`: read once, do not keep in L1. `constant`: nobody writes it during the kernel (ld.global.nc).
+
+load_32 = _asm("ld.global.u32 $0, [$1];", [u32], [u64], memory=True)
+load_64 = _asm("ld.global.v2.u32 {$0,$1}, [$2];", [u32] * 2, [u64], memory=True)
+load_128 = _asm("ld.global.v4.u32 {$0,$1,$2,$3}, [$4];", [u32] * 4, [u64], memory=True)
+load_constant_16 = _asm("ld.global.nc.u16 $0, [$1];", [u16], [u64], pure=True)
+load_constant_32 = _asm("ld.global.nc.u32 $0, [$1];", [u32], [u64], pure=True)
+load_constant_64 = _asm("ld.global.nc.v2.u32 {$0,$1}, [$2];", [u32] * 2, [u64], pure=True)
+load_constant_128 = _asm("ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", [u32] * 4, [u64], pure=True)
+load_stream_32 = _asm("ld.global.nc.L1::no_allocate.u32 $0, [$1];", [u32], [u64], pure=True)
+load_stream_64 = _asm("ld.global.nc.L1::no_allocate.v2.u32 {$0,$1}, [$2];", [u32] * 2, [u64], pure=True)
+load_stream_128 = _asm("ld.global.nc.L1::no_allocate.v4.u32 {$0,$1,$2,$3}, [$4];", [u32] * 4, [u64], pure=True)
+store_32 = _asm("st.global.u32 [$0], $1;", [], [u64, u32], memory=True)
+store_64 = _asm("st.global.v2.u32 [$0], {$1,$2};", [], [u64, u32, u32], memory=True)
+store_128 = _asm("st.global.v4.u32 [$0], {$1,$2,$3,$4};", [], [u64, u32, u32, u32, u32], memory=True)
+
+load_shared_32 = _asm("ld.shared.u32 $0, [$1];", [u32], [u32], memory=True)
+load_shared_64 = _asm("ld.shared.v2.u32 {$0,$1}, [$2];", [u32] * 2, [u32], memory=True)
+load_shared_128 = _asm("ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", [u32] * 4, [u32], memory=True)
+load_shared_f32 = _asm("ld.shared.f32 $0, [$1];", [f32], [u32], memory=True)
+store_shared_32 = _asm("st.shared.u32 [$0], $1;", [], [u32, u32], memory=True)
+store_shared_64 = _asm("st.shared.v2.u32 [$0], {$1,$2};", [], [u32, u32, u32], memory=True)
+store_shared_128 = _asm("st.shared.v4.u32 [$0], {$1,$2,$3,$4};", [], [u32, u32, u32, u32, u32], memory=True)
+store_shared_f32 = _asm("st.shared.f32 [$0], $1;", [], [u32, f32], memory=True)
+
+# -- asynchronous copies to shared memory: cp.async (9.7.9.25) --------------------------------------------------------------
+
+copy_async_16 = _asm("cp.async.cg.shared.global [$0], [$1], 16;", [], [u32, u64], memory=True)
+# of 16 bytes the first `a2` are read, the rest of the destination becomes 0
+copy_async_16_or_zero = _asm("cp.async.cg.shared.global [$0], [$1], 16, $2;", [], [u32, u64, u32], memory=True)
+copy_async_4 = _asm("cp.async.ca.shared.global [$0], [$1], 4;", [], [u32, u64], memory=True)
+copy_async_8 = _asm("cp.async.ca.shared.global [$0], [$1], 8;", [], [u32, u64], memory=True)
+copy_commit = _asm("cp.async.commit_group;", [], [], memory=True)
+COPY_WAIT = tuple(_asm(f"cp.async.wait_group {n};", [], [], memory=True) for n in range(8))  # all groups but the last n are there
+
+# -- matrices: ldmatrix, mma (9.7.14) ---------------------------------------------------------------------------------------
+# Fragments of m16n8k16, lane = 4 g + t. A, four registers: rows g, g + 8, g, g + 8 at k = 2t, 2t, 2t + 8, 2t + 8 (and + 1).
+# B, two: column g at k = 2t, 2t + 8. C and D, four floats: row g at columns 2t, 2t + 1, then row g + 8.
+
+load_matrix = _asm("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {$0}, [$1];", [u32], [u32], memory=True)
+load_matrix_2 = _asm("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {$0,$1}, [$2];", [u32] * 2, [u32], memory=True)
+load_matrix_4 = _asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];", [u32] * 4, [u32], memory=True)
+load_matrix_2_transposed = _asm("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {$0,$1}, [$2];", [u32] * 2, [u32], memory=True)
+load_matrix_4_transposed = _asm("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];", [u32] * 4, [u32], memory=True)
+
+_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9}}, {{$10,$11,$12,$13}};"
+mma_bf16 = _asm(_MMA.format("bf16"), [f32] * 4, [u32] * 6 + [f32] * 4, pure=True)
+mma_f16 = _asm(_MMA.format("f16"), [f32] * 4, [u32] * 6 + [f32] * 4, pure=True)
+MMA = {"bfloat16": mma_bf16, "float16": mma_f16}
+
+# -- bits -------------------------------------------------------------------------------------------------------------------
+
+permute_bytes = _asm("prmt.b32 $0, $1, $2, $3;", [u32], [u32, u32, u32], pure=True)  # prmt
+and_or = _asm("lop3.b32 $0, $1, $2, $3, 0xEA;", [u32], [u32, u32, u32], pure=True)  # lop3: (a & b) | c
+float_of_bits = _asm("mov.b32 $0, $1;", [f32], [u32], pure=True)
+bits_of_float = _asm("mov.b32 $0, $1;", [u32], [f32], pure=True)
+
+# -- 16-bit pairs -----------------------------------------------------------------------------------------------------------
+
+pack_bf16 = _asm("cvt.rn.bf16x2.f32 $0, $2, $1;", [u32], [f32, f32], pure=True)  # (low, high)
+pack_f16 = _asm("cvt.rn.f16x2.f32 $0, $2, $1;", [u32], [f32, f32], pure=True)
+low_f16 = _asm("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }", [f32], [u32], pure=True)
+high_f16 = _asm("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }", [f32], [u32], pure=True)
+low_bf16 = _asm("shl.b32 $0, $1, 16;", [f32], [u32], pure=True)
+high_bf16 = _asm("and.b32 $0, $1, 0xffff0000;", [f32], [u32], pure=True)
+half_f16 = _asm("cvt.rn.f16.f32 $0, $1;", [u16], [f32], pure=True)
+half_bf16 = _asm("cvt.rn.bf16.f32 $0, $1;", [u16], [f32], pure=True)
+float_f16 = _asm("cvt.f32.f16 $0, $1;", [f32], [u16], pure=True)
+float_bf16 = _asm("{ .reg .b16 z; mov.u16 z, 0; mov.b32 $0, {z, $1}; }", [f32], [u16], pure=True)
+add_bf16x2 = _asm("fma.rn.bf16x2 $0, $1, 0x3f803f80, $2;", [u32], [u32, u32], pure=True)  # a * 1 + b: sm_80 has no add
+sub_bf16x2 = _asm("fma.rn.bf16x2 $0, $2, 0xbf80bf80, $1;", [u32], [u32, u32], pure=True)  # b * -1 + a
+mul_f16x2 = _asm("mul.rn.f16x2 $0, $1, $2;", [u32], [u32, u32], pure=True)
+sub_f16x2 = _asm("sub.rn.f16x2 $0, $1, $2;", [u32], [u32, u32], pure=True)
+fma_bf16x2 = _asm("fma.rn.bf16x2 $0, $1, $2, $3;", [u32], [u32, u32, u32], pure=True)
+fma_f16x2 = _asm("fma.rn.f16x2 $0, $1, $2, $3;", [u32], [u32, u32, u32], pure=True)
+
+PACK = {"bfloat16": pack_bf16, "float16": pack_f16}
+LOW = {"bfloat16": low_bf16, "float16": low_f16}
+HIGH = {"bfloat16": high_bf16, "float16": high_f16}
+HALF = {"bfloat16": half_bf16, "float16": half_f16}
+FLOAT = {"bfloat16": float_bf16, "float16": float_f16}
+
+# -- functions ----------------------------------------------------------------------------------------------------------------
+
+exp2 = _asm("ex2.approx.ftz.f32 $0, $1;", [f32], [f32], pure=True)  # relative error 2^-22
+reciprocal = _asm("rcp.approx.ftz.f32 $0, $1;", [f32], [f32], pure=True)  # 1 ulp
+rsqrt = _asm("rsqrt.approx.ftz.f32 $0, $1;", [f32], [f32], pure=True)  # relative error 2^-22.9
+
+# -- a warp -------------------------------------------------------------------------------------------------------------------
+
+shuffle_xor = _asm("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", [u32], [u32, u32], memory=True)
+shuffle_xor_f32 = _asm("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", [f32], [f32, u32], memory=True)
+warp_barrier = _asm("bar.warp.sync 0xffffffff;", [], [], memory=True)
+
+# -- between thread blocks ------------------------------------------------------------------------------------------------------
+
+fence_device = _asm("fence.acq_rel.gpu;", [], [], memory=True)  # membar: what was written before is seen by who sees what comes after
+add_counter = _asm("atom.add.acq_rel.gpu.global.u32 $0, [$1], $2;", [u32], [u64, u32], memory=True)  # the value before

@@ -1,0 +1,120 @@
+"""The inputs of one step on the card: views into one int32 buffer that is filled on the host and copied once.
+
+T tokens, R rows, S sampled rows, U new block-table entries; `dummy` is the batch slot of padding rows.
+
+token_slots  [T]      batch slot of each token
+positions    [T]      its position in its sequence
+row_starts   [R + 1]  tokens of row r are row_starts[r] .. row_starts[r + 1] - 1
+row_slots    [R]      batch slot of each row
+contexts     [R]      positions that exist after this step
+sampled      [S]      token index of the last token of each sampled row
+sample_slots [S]      its batch slot
+updates      [U, 3]   (slot, index, block): entries the block tables gain before anything is computed
+
+Ids and block tables themselves stay on the card (`engine/cuda/state.py`), where sampling writes the next id: a step never
+waits for the host to learn what the last one sampled. Knows no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.step import StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the buffer's layout depends on."""
+
+    tokens: int
+    rows: int
+    sampled: int
+    updates: int
+
+    @property
+    def size(self) -> int:
+        """int32 elements, each array on a 16-byte boundary."""
+        return sum(_padded(n) for n in self.lengths)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return (self.tokens, self.tokens, self.rows + 1, self.rows, self.rows, self.sampled, self.sampled, 3 * self.updates)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One step's inputs on the card; arrays as drawn above."""
+
+    token_slots: torch.Tensor
+    positions: torch.Tensor
+    row_starts: torch.Tensor
+    row_slots: torch.Tensor
+    contexts: torch.Tensor
+    sampled: torch.Tensor
+    sample_slots: torch.Tensor
+    updates: torch.Tensor
+    num_decode: int  # rows 0 .. num_decode - 1 have one token each
+    max_context: int  # no context of the step is longer
+    max_row_tokens: int  # no row of the step has more tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.positions)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.contexts)
+
+
+def views(buffer: torch.Tensor, shape: Shape, *, num_decode: int, max_context: int, max_row_tokens: int) -> Step:
+    """The arrays of a step of this shape inside an int32 buffer of at least `shape.size` elements."""
+    at, arrays = 0, []
+    for length in shape.lengths:
+        arrays.append(buffer[at : at + length])
+        at += _padded(length)
+    arrays[-1] = arrays[-1].view(-1, 3)
+    return Step(*arrays, num_decode=num_decode, max_context=max_context, max_row_tokens=max_row_tokens)
+
+
+def fill(out: np.ndarray, shape: Shape, plan: StepPlan, updates: np.ndarray, dummy: int, trash: int) -> None:
+    """Write a plan's rows into `out`, int32 [shape.size]; rows, tokens and samples beyond the plan's become padding of one
+    token at position 0 of the dummy slot, updates beyond the given ones its first entry: the `trash` block. updates int32 [U', 3], U' <= shape.updates.
+
+    A padded shape has only decode rows: tokens, rows and samples grow together.
+    """
+    rows, tokens = len(plan.slots), plan.num_tokens
+    padding = shape.rows - rows
+    if padding and not shape.tokens - tokens == padding == shape.sampled - sum(plan.samples):
+        raise ValueError(f"a step of {rows} rows, {tokens} tokens cannot be padded to {shape}")
+    counts = np.ones(shape.rows, np.int32)
+    counts[:rows] = plan.counts
+    slots = np.full(shape.rows, dummy, np.int32)
+    slots[:rows] = plan.slots
+    starts = np.zeros(shape.rows, np.int32)
+    starts[:rows] = plan.starts
+    samples = np.ones(shape.rows, bool)
+    samples[:rows] = plan.samples
+    row_starts = np.zeros(shape.rows + 1, np.int32)
+    np.cumsum(counts, out=row_starts[1:])
+    if shape.tokens == shape.rows:
+        token_slots, positions = slots, starts
+    else:
+        row_of = np.repeat(np.arange(shape.rows, dtype=np.int32), counts)
+        token_slots = slots[row_of]
+        positions = np.arange(shape.tokens, dtype=np.int32) - row_starts[row_of] + starts[row_of]
+    entries = np.full((shape.updates, 3), (dummy, 0, trash), np.int32)
+    entries[: len(updates)] = updates
+    at = 0
+    arrays = (
+        token_slots, positions, row_starts, slots, starts + counts, (row_starts[1:] - 1)[samples], slots[samples], entries.ravel(),
+    )  # fmt: skip
+    for array in arrays:
+        out[at : at + len(array)] = array
+        at += _padded(len(array))
+
+
+def _padded(length: int) -> int:
+    return (length + 3) // 4 * 4

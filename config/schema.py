@@ -131,16 +131,26 @@ class Engine:
     device: str = knob(
         AUTO,
         "auto: cuda where there is one, else cpu. reference: slow numpy. mock: a fake model for tests of the server.",
-        choices=(AUTO, "cpu", "reference", "mock"),
+        choices=(AUTO, "cpu", "cuda", "reference", "mock"),
     )
+    device_memory_gib: float = knob(0.0, "Memory of a card that numbatch may use, GiB; 0: what the driver says is free.", min=0, max=65536)
     tp: int = knob(1, "Tensor-parallel ranks.", min=1, max=64)
     executor: str = knob(
-        AUTO, "Where the runner lives; auto: a thread for one CPU rank, else one process a rank.", choices=(AUTO, "thread", "process")
+        AUTO, "Where the runner lives; auto: a thread for one CPU rank, else one process a rank (always so on CUDA).", choices=(AUTO, "thread", "process")
     )
     session_len: int = knob(0, "Most tokens of prompt + answer in one sequence; 0: the model's own maximum.", min=0, max=1 << 24)
-    max_batch_size: int = knob(64, "Sequences in the persistent batch.", min=1, max=4096)
+    max_batch_size: int = knob(0, "Sequences in the persistent batch; 0: 256 on CUDA, 64 elsewhere.", min=0, max=4096)
     max_prefill_token_num: int = knob(
-        512, "Token budget of a step: running sequences first, prompt parts fill the rest.", min=1, max=1 << 20
+        0,
+        "Token budget of a step: running sequences first, prompt parts fill the rest; 0: 8192 on CUDA, 512 elsewhere.",
+        min=0,
+        max=1 << 20,
+    )
+    w4_dense_copy: str = knob(
+        AUTO,
+        "CUDA: keep a 16-bit copy of 4-bit weights for prompts (3 times the memory, no unpacking); auto: where it takes at most a "
+        "quarter of what is free after the weights.",
+        choices=(AUTO, "true", "false"),
     )
     num_threads: int = knob(
         0, "CPU threads of a rank, at most the cores this process may use; 0: those cores, shared among the ranks.", min=0, max=1024

@@ -12,6 +12,7 @@ from config.schema import Config
 from config.wire import config_to_json
 from engine.errors import ConfigError, DeviceError
 from engine.executor import Executor, ProcessExecutor, StepRunner, ThreadExecutor
+from engine.load_backend import resolved
 from engine.loop import Engine
 from engine.models.spec import ModelSpec, RopeSpec, apply_overrides, load_spec
 from engine.parallel import Ranks
@@ -54,12 +55,15 @@ def session_len(config: Config, spec: ModelSpec) -> int:
 
 def build_engine(config: Config, spec: ModelSpec) -> Engine:
     """An engine that is not started yet. Raises ConfigError where the config contradicts itself or the model."""
+    config = resolved(config)
     return Engine(config, spec, session_len(config, spec), _executor(config))
 
 
 def _executor(config: Config) -> Executor:
     knobs = config.engine
-    if knobs.executor == "process" or (knobs.executor == "auto" and knobs.tp > 1):
+    if knobs.executor == "thread" and knobs.device == "cuda":
+        raise ConfigError("engine.executor = 'thread' is for the CPU: a card is driven by a process of its own; set executor = 'auto'.")
+    if knobs.executor == "process" or (knobs.executor == "auto" and (knobs.tp > 1 or knobs.device == "cuda")):
         return ProcessExecutor(config_to_json(config), knobs.tp, knobs.init_timeout_s)
     if knobs.tp > 1:
         raise ConfigError(f"engine.executor = 'thread' runs 1 rank, but engine.tp is {knobs.tp}; set executor = 'process'.")
@@ -68,12 +72,18 @@ def _executor(config: Config) -> Executor:
 
 def build_runner(config: Config, ranks: Ranks) -> StepRunner:
     """Load the model (this rank's share), allocate the KV pool, compile and warm up."""
+    config = resolved(config)
     spec = resolve_spec(config)
     if config.engine.device == "mock":
         from engine.mock import MockRunner
 
         return MockRunner(config, spec, session_len(config, spec), config.cache.num_blocks or MOCK_BLOCKS)
     _use_kernel_cache(config)
+    if config.engine.device == "cuda":
+        from engine.cuda.device import CudaDevice
+        from engine.cuda.runner import CudaRunner
+
+        return CudaRunner(config, spec, session_len(config, spec), ranks, CudaDevice(ranks.rank))
     from engine.runner import Runner
 
     return Runner(config, spec, session_len(config, spec), ranks)

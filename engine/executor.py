@@ -34,6 +34,10 @@ class StepRunner(Protocol):
 
     def step(self, plan: StepPlan) -> StepResult: ...
 
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Queue a step; what it returns waits for the result, in another thread and in order. Where computing is the
+        caller's own work the step is done when this returns."""
+
     def close(self) -> None:
         """End the threads it started."""
 

@@ -21,6 +21,7 @@ from engine.admission import Admission
 from engine.cache.manager import CacheManager
 from engine.errors import BadParameter, ContextLengthExceeded, EngineDead, EngineDraining, EngineNotReady
 from engine.executor import Executor
+from engine.load_backend import resolved
 from engine.models.spec import ModelSpec
 from engine.scheduler import Scheduler
 from engine.sequence import FinishReason, SamplingParams, Sequence
@@ -127,7 +128,7 @@ class Engine:
     """Built by `engine.build.build_engine`; `start` before anything else."""
 
     def __init__(self, config: Config, spec: ModelSpec, session_len: int, executor: Executor) -> None:
-        self.config = config
+        self.config = resolved(config)
         self.spec = spec
         self.session_len = session_len
         self.status = EngineStatus.STARTING

@@ -14,7 +14,7 @@ a skipped or doubled position raises `MockCanaryError` in the step where it happ
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,10 @@ class MockRunner:
         self._canaries = np.zeros((num_blocks, size), np.uint64)
         self._block_sums = np.zeros(num_blocks, np.uint64)
         self._eos = spec.eos_token_ids[0] if spec.eos_token_ids else -1
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        result = self.step(plan)
+        return lambda: result
 
     def close(self) -> None:
         """Nothing was started."""

@@ -8,30 +8,33 @@ from __future__ import annotations
 
 import datetime
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Ranks:
     """One rank's view: `rank` of `size`."""
 
-    def __init__(self, rank: int = 0, size: int = 1, private_dir: str = "", timeout_s: float = 60.0) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, private_dir: str = "", timeout_s: float = 60.0, cuda: bool = False) -> None:
         self.rank = rank
         self.size = size
         if size > 1:
-            self._join(private_dir, timeout_s)
+            self._join(private_dir, timeout_s, cuda)
 
-    def _join(self, private_dir: str, timeout_s: float) -> None:
+    def _join(self, private_dir: str, timeout_s: float, cuda: bool) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         import torch.distributed as dist
 
         store = dist.FileStore(os.path.join(private_dir, "rendezvous"), self.size)
         timeout = datetime.timedelta(seconds=timeout_s)
-        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+        if cuda:
+            import torch
+
+            torch.cuda.set_device(self.rank)  # before NCCL asks for the current card
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout
+        )
         self._dist = dist
 
     def all_reduce(self, x: Any) -> Any:
@@ -52,15 +55,20 @@ class Ranks:
         self._dist.all_reduce(tensor, op=self._dist.ReduceOp.MIN)
         return int(tensor.item())
 
-    def gather_last(self, x: torch.Tensor) -> torch.Tensor:
-        """Concatenate the ranks' [..., n] along the last axis, on every rank."""
+    def gather_columns(self, x: Any, total: int) -> Any:
+        """The ranks' columns side by side, [rows, total] on every rank: x [rows, n] is a torch tensor or numpy array, n is
+        ceil(total / size) on every rank but the last ones, whose shares may be short."""
         if self.size == 1:
             return x
         import torch
 
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        self._dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts, dim=-1)
+        own = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+        each = -(-total // self.size)
+        padded = own if own.shape[1] == each else torch.nn.functional.pad(own, (0, each - own.shape[1]))
+        parts = padded.new_empty((self.size, *padded.shape))
+        self._dist.all_gather_into_tensor(parts.view(-1, each), padded.contiguous())
+        whole = parts.transpose(0, 1).reshape(len(own), self.size * each)[:, :total].contiguous()
+        return whole.numpy() if isinstance(x, np.ndarray) else whole
 
     def from_rank0(self, values: np.ndarray) -> np.ndarray:
         """Rank 0's int64 array, on every rank (same shape everywhere)."""

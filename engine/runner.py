@@ -8,6 +8,7 @@ the next plan (already queued) finds them.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +61,13 @@ class Runner:
             return StepResult(plan.step)
         batch = self._slots.batch(plan)
         logits = self._decoder.forward(batch, self._kv)
-        ids, logprobs = ([], []) if logits is None else self._sample(logits, batch.sampled_slots)
+        ids, logprobs = ([], []) if logits is None else self._sample(self._backend.to_numpy(logits), batch.sampled_slots)
         self._remember(plan, ids)
         return StepResult(plan.step, tuple(ids), tuple(logprobs), int((time.perf_counter() - started) * 1e6))
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        result = self.step(plan)
+        return lambda: result
 
     def close(self) -> None:
         self._backend.close()

@@ -15,9 +15,10 @@ import queue
 import signal
 import sys
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-from engine.step import StepPlan
+from engine.step import StepPlan, StepResult
 
 EXIT_LOST_PARENT, EXIT_FAILED = 1, 5
 PR_SET_PDEATHSIG = 1
@@ -39,18 +40,34 @@ def worker_main(rank: int, size: int, config_json: str, private_dir: str, pipe: 
     if rank == 0:
         pipe.send_bytes(json.dumps({"num_blocks": runner.num_blocks}).encode())
     threading.Thread(target=_read, args=(pipe, plans), name="pipe-reader", daemon=True).start()
+    launched: queue.SimpleQueue[Callable[[], StepResult]] = queue.SimpleQueue()
+    threading.Thread(target=_answer, args=(rank, pipe, launched), name="results", daemon=True).start()
     while (data := plans.get()) is not None:
         try:
-            result = runner.step(StepPlan.decode(data))
+            launched.put(runner.launch(StepPlan.decode(data)))
         except Exception as error:
-            print(f"rank {rank}: step failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            os._exit(EXIT_FAILED)
+            _fail(rank, error)
+    os._exit(0)  # no clean-up that could hang: collectives may wait for ranks that are gone
+
+
+def _answer(rank: int, pipe: Any, launched: queue.SimpleQueue[Callable[[], StepResult]]) -> None:
+    """Waits for each step in turn, while the main thread queues the next one behind it; rank 0 tells the parent."""
+    while True:
+        finish = launched.get()
+        try:
+            result = finish()
+        except Exception as error:
+            _fail(rank, error)
         if rank == 0:
             try:
                 pipe.send_bytes(result.encode())
             except OSError:
                 os._exit(EXIT_LOST_PARENT)
-    os._exit(0)  # no clean-up that could hang: collectives may wait for ranks that are gone
+
+
+def _fail(rank: int, error: Exception) -> NoReturn:
+    print(f"rank {rank}: step failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    os._exit(EXIT_FAILED)
 
 
 def _build(rank: int, size: int, config_json: str, private_dir: str) -> Any:
@@ -59,7 +76,7 @@ def _build(rank: int, size: int, config_json: str, private_dir: str) -> Any:
     from engine.parallel import Ranks
 
     config = config_from_json(config_json)
-    return build_runner(config, Ranks(rank, size, private_dir, config.engine.init_timeout_s))
+    return build_runner(config, Ranks(rank, size, private_dir, config.engine.init_timeout_s, cuda=config.engine.device == "cuda"))
 
 
 def _read(pipe: Any, plans: queue.SimpleQueue[bytes | None]) -> None:

@@ -80,9 +80,10 @@ def views(buffer: torch.Tensor, shape: Shape, *, num_decode: int, max_context: i
 
 
 def fill(out: np.ndarray, shape: Shape, plan: StepPlan, updates: np.ndarray, dummy: int, trash: int) -> None:
-    """Write a plan's rows into `out`, int32 [shape.size]; rows, tokens and samples beyond the plan's become padding of one
-    token at position 0 of the dummy slot, updates beyond the given ones its first entry: the `trash` block. updates int32 [U', 3], U' <= shape.updates.
+    """Write a plan's rows into `out`, int32 [shape.size]; updates int32 [U', 3], U' <= shape.updates.
 
+    Rows, tokens and samples beyond the plan's become padding: one token at position 0 of the `dummy` slot. Updates beyond
+    those given set the dummy's first table entry to the `trash` block.
     A padded shape has only decode rows: tokens, rows and samples grow together.
     """
     rows, tokens = len(plan.slots), plan.num_tokens

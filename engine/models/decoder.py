@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from engine.backend import Array, Backend
-from engine.batch import Batch
 from engine.models.layers import Layer, LayerLoader
 from engine.models.rope import rope_tables
 from engine.models.spec import ModelSpec
@@ -34,8 +31,9 @@ class Decoder:
         if ranks.size == 1:
             backend.bind(self)
 
-    def forward(self, batch: Batch, kv: Any) -> np.ndarray | None:
-        """Logits float32 [S, vocab] of the sampled rows (None: no row is sampled); K/V of all tokens is written."""
+    def forward(self, batch: Any, kv: Any) -> Array | None:
+        """Logits float32 [S, vocab] of the sampled rows, where the backend has its arrays (None: no row is sampled); K/V of
+        all tokens is written. `batch` is what the backend's `begin` takes."""
         backend = self.backend
         step = backend.begin(batch)
         x = backend.embed(self.embedding, step)  # [T, hidden]
@@ -45,7 +43,7 @@ class Decoder:
         if not len(batch.sampled):
             return None
         logits = backend.logits(backend.take(hidden, batch.sampled), self.head.weight)  # [S, vocab share]
-        return self._whole_vocabulary(logits)
+        return self._ranks.gather_columns(logits, self.spec.vocab_size)
 
     def _layers(self, x: Array, step: Any, kv: Any) -> Array:
         """Hidden states [T, hidden] after all layers and the final norm."""
@@ -65,15 +63,3 @@ class Decoder:
         backend = self.backend
         q = backend.rope_store(layer.qkv(h), step, kv, self.rope, layer.q_norm, layer.k_norm, self.spec)
         return layer.o(backend.attention(q, step, kv, layer.window))
-
-    def _whole_vocabulary(self, logits: Array) -> np.ndarray:
-        """The ranks' shares side by side, without the padding of the last."""
-        if self._ranks.size == 1:
-            return self.backend.to_numpy(logits)
-        import torch
-
-        each = -(-self.spec.vocab_size // self._ranks.size)
-        own = torch.from_numpy(np.ascontiguousarray(self.backend.to_numpy(logits)))
-        padded = torch.full((own.shape[0], each), -torch.inf)
-        padded[:, : own.shape[1]] = own
-        return self._ranks.gather_last(padded)[:, : self.spec.vocab_size].numpy()

@@ -1,0 +1,85 @@
+"""A card that is not there: kernels run in the emulator over CPU tensors, in the order of their launches.
+
+Stands where `engine.cuda.device.CudaDevice` stands; what a stream would queue happens at once, and a captured graph is
+replayed by doing the work again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from engine.cuda.launch import Kernel
+from tests.ptx.emulator import Emulator, Memory
+
+
+class EmulatedDevice:
+    """A card of compute capability `cc` with few multiprocessors, so that small shapes fill it."""
+
+    image = "ptx"
+    name = "an emulated card"
+
+    def __init__(self, cc: tuple[int, int] = (9, 0), multiprocessors: int = 4, memory_bytes: int = 1 << 30) -> None:
+        self.cc = cc
+        self.multiprocessors = multiprocessors
+        self.torch_device = torch.device("cpu")
+        self._memory_bytes = memory_bytes
+        self.launches: list[str] = []
+
+    def load(self, image: bytes, entry: str, kernel: Kernel) -> Callable[..., None]:
+        emulator = Emulator(image.decode())
+
+        def call(grid: int | tuple[int, int, int], *arguments: Any, shared_bytes: int = kernel.shared_bytes) -> None:
+            whole = (grid, 1, 1) if isinstance(grid, int) else grid
+            run(whole, arguments, shared_bytes)
+
+        def run(grid: tuple[int, int, int], arguments: tuple[Any, ...], shared_bytes: int) -> None:
+            if len(arguments) != len(kernel.arguments):
+                raise TypeError(f"{entry} takes {len(kernel.arguments)} arguments, {len(arguments)} were given")
+            if shared_bytes > kernel.shared_bytes:
+                raise ValueError(f"{entry} was made for {kernel.shared_bytes} bytes of shared memory, {shared_bytes} are asked for")
+            memory, values = Memory(), []
+            for place, argument in enumerate(arguments):
+                if isinstance(argument, torch.Tensor):
+                    if argument.numel():
+                        memory.add(argument, name=f"argument {place}")
+                    values.append(argument.data_ptr())
+                else:
+                    values.append(0 if argument is None else argument)
+            self.launches.append(entry)
+            emulator.launch(entry, grid=grid, block=(kernel.threads, 1, 1), args=values, memory=memory, shared_bytes=shared_bytes)
+
+        return call
+
+    def matmul_f32(self, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+        torch.mm(x.float(), w.float().T, out=out)
+
+    def memory(self) -> tuple[int, int]:
+        return self._memory_bytes, self._memory_bytes
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def event(self) -> _Event:
+        return _Event()
+
+    def synchronize(self) -> None:
+        """Nothing is queued."""
+
+    def capture(self, work: Callable[[], torch.Tensor], pool: None) -> tuple[torch.Tensor, Callable[[], None]]:
+        result = work().clone()
+
+        def replay() -> None:
+            result.copy_(work())
+
+        return result, replay
+
+    def graph_pool(self) -> None:
+        return None
+
+
+class _Event:
+    def synchronize(self) -> None:
+        """Recorded when everything before it was done."""

@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from bench import load
 from bench.client import Target
 from bench.load import Pace
 from bench.machine import Neighbours, describe_machine
+from bench.served import serving
 from bench.workload import Job, random_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,17 +74,9 @@ def serving_llamacpp(model: str, threads: int, flash: str) -> Iterator[str]:
 @contextlib.contextmanager
 def serving_numbatch(model: str, threads: int, sets: list[str]) -> Iterator[str]:
     """numbatch's address; it is gone afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    knobs = [f"model.path={model}", f"server.server_port={port}", f"engine.num_threads={threads}", "cache.enable_prefix_caching=false"]
-    words = [word for knob in (*knobs, "server.log_level=ERROR", *sets) for word in ("--set", knob)]
-    process = python("server.py", *words)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        _end(process)
+    knobs = [f"model.path={model}", f"engine.num_threads={threads}", "cache.enable_prefix_caching=false", "server.log_level=ERROR"]
+    with serving([*knobs, *sets], stdout=subprocess.PIPE) as server:
+        yield server.url
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -141,7 +141,9 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
         play = workload.Playback(args.trace_speed, *lengths, args.vocab_size, args.seed, words)
         return list(workload.trace_jobs(workload.read_trace(Path(args.trace)), count, play))
     times = workload.arrival_times(count, args.request_rate, args.burstiness, args.seed)
-    if args.dataset == "random":
+    if args.dataset == "mixed512":
+        prompts = workload.mixed_prompts(count, args.length_scale, args.vocab_size, args.seed, words)
+    elif args.dataset == "random":
         lengths = args.input_len, args.output_len, args.range_ratio
         prompts = workload.random_prompts(count, *lengths, args.vocab_size, args.seed, words)
     elif args.dataset == "corpus":
@@ -170,20 +172,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--url", default="http://127.0.0.1:23333", help="server, without a path")
     p.add_argument("--model", default="", help="model name; default: the first of /v1/models")
     p.add_argument("--endpoint", choices=("completions", "chat"), default="completions")
-    p.add_argument("--dataset", choices=("random", "corpus", "jsonl"), default="random")
+    p.add_argument("--dataset", choices=("random", "mixed512", "corpus", "jsonl"), default="random")
     p.add_argument("--dataset-path", default="", help="text file for corpus, JSON lines for jsonl")
     p.add_argument("--tokenizer", default="", help="corpus: cut prompts to exactly --input-len ids of this tokenizer")
     p.add_argument("--input-len", type=_at_least(1), default=128, help="prompt tokens")
     p.add_argument("--output-len", type=_at_least(1), default=128, help="answer tokens")
     p.add_argument("--range-ratio", type=_between(0, 1), default=0.0, help="random: lengths vary by plus or minus this share")
     p.add_argument("--vocab-size", type=_at_least(4), default=32000, help="random ids are below this")
-    p.add_argument("--num-prompts", type=_at_least(1), default=100, help="requests to send, at most 1,000,000")
+    p.add_argument("--num-prompts", type=_at_least(1), default=None, help="requests to send; 100, mixed512: 512")
     p.add_argument("--request-rate", type=_positive, default=math.inf, help="arrivals a second; inf: all at once")
     p.add_argument("--burstiness", type=_positive, default=1.0, help="1: Poisson arrivals; less: burstier")
     p.add_argument("--max-concurrency", type=_at_least(0), default=0, help="requests running at once; 0: no bound")
     p.add_argument("--trace", default="", help="arrivals and lengths from an Azure CSV or a Mooncake JSONL")
     p.add_argument("--trace-speed", type=_positive, default=1.0, help="play the trace this many times faster")
-    p.add_argument("--length-scale", type=_between(0.001, 100), default=1.0, help="trace: multiply lengths by this")
+    p.add_argument("--length-scale", type=_between(0.001, 100), default=1.0, help="trace, mixed512: multiply lengths by this")
     p.add_argument("--max-input-len", type=_at_least(0), default=0, help="trace: cut prompts to this; 0: uncut")
     p.add_argument("--max-output-len", type=_at_least(0), default=0, help="trace: cut answers to this; 0: uncut")
     p.add_argument("--ignore-eos", action="store_true", help="answers run to their full length")
@@ -282,6 +284,7 @@ def compare_files(a: str, b: str) -> list[dict]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    args.num_prompts = args.num_prompts or (workload.MIXED if args.dataset == "mixed512" else 100)
     if args.compare:
         rows = compare_files(*args.compare)
         if args.json:

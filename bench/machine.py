@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,24 @@ def describe_machine() -> dict[str, Any]:
         "load_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "features": {name: name in flags for name in FEATURES},
+        "gpus": gpus(),
     }
+
+
+def gpus() -> list[dict[str, str]]:
+    """Name, driver, memory and power limit of each NVIDIA card as `nvidia-smi` tells them; empty where there is none. Makes no
+    CUDA context."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    keys = ("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")
+    try:
+        words = [tool, f"--query-gpu={','.join(keys)}", "--format=csv,noheader"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    return [dict(zip(keys, row, strict=True)) for row in rows if len(row) == len(keys)]
 
 
 def _cpu_fields() -> dict[str, str]:

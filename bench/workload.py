@@ -23,6 +23,7 @@ MAX_REQUESTS = 1_000_000
 MAX_TOKENS = 1 << 20  # of one prompt or one answer
 MAX_LINE_BYTES = 16 << 20
 MOONCAKE_BLOCK = 512  # prompt tokens that one hash id stands for
+MIXED = 512  # requests of the mixed workload
 MIN_ID = 256  # random prompts avoid the low ids, where control tokens and single bytes live
 
 # Common one-token words: chat endpoints take text, so "n random tokens" becomes n random words.
@@ -218,6 +219,25 @@ def _length(path: Path, number: int, name: str, value: object) -> int:
     if type(value) is not int or not 0 <= value <= MAX_TOKENS:
         raise ValueError(f"{path}, line {number}: {name} must be an integer from 0 to {MAX_TOKENS}, not {str(value)[:24]}.")
     return value
+
+
+def mixed_lengths(count: int = MIXED, seed: int = 0) -> list[tuple[int, int]]:
+    """(prompt, answer) lengths of the mixed workload: log-normal, drawn in turn from one generator, so that the first 512 are
+    always the same: 202,806 prompt and 94,221 answer tokens with seed 0."""
+    rng = random.Random(seed)
+    return [(_drawn(rng, 5.6, 0.9, 16, 2048), _drawn(rng, 5.0, 0.7, 8, 512)) for _ in range(count)]
+
+
+def _drawn(rng: random.Random, mu: float, sigma: float, low: int, high: int) -> int:
+    return int(min(high, max(low, rng.lognormvariate(mu, sigma))))
+
+
+def mixed_prompts(count: int, scale: float, vocab_size: int, seed: int, words: bool = False) -> Iterator[tuple]:
+    """`count` times (prompt, input_len, output_len) of the mixed workload; `scale` shortens every length for small machines."""
+    rng = random.Random(f"mixed {seed}")
+    for n, m in mixed_lengths(count, seed):
+        n, m = max(1, round(n * scale)), max(1, round(m * scale))
+        yield (" ".join(rng.choices(WORDS, k=n)), 0, m) if words else (random_ids(rng, n, vocab_size), n, m)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import compare_llamacpp, delivery, offline
+from bench import compare_llamacpp, delivery, offline, served
 from bench.llamacpp import spread
 from bench.machine import Neighbours, describe_machine
 from bench.metrics import steady_rate
 from bench.readers import Stream
+from bench.workload import mixed_lengths
 
 
 def test_steady_rate_counts_only_while_all_run() -> None:
@@ -54,6 +55,56 @@ def test_offline_on_the_mock_engine(capsys: pytest.CaptureFixture[str]) -> None:
     assert 20 < out["decode_tok_s"]["1"] <= 101 and 60 < out["decode_tok_s"]["4"] <= 404
     assert 0 < out["prompt_tok_s"] < 512 / 0.01
     assert len(out["runs"]["decode"]["4"]) == 2 and len(out["runs"]["prompt"]) == 6
+
+
+MOCK = ["--model", "", "--device", "mock", "--set", "engine.mock_step_s=0.005", "--json"]
+
+
+def test_offline_measures_what_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--decode",
+        "2",
+        "--prefill",
+        "3x32,1x64",
+        "--workload",
+        "mixed512",
+        "--requests",
+        "6",
+        "--length-scale",
+        "0.05",
+        "--tokens",
+        "8",
+    ]
+    assert offline.main([*MOCK, *words, "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    out = json.loads(printed.strip().splitlines()[-1])
+    assert "prompt_tok_s" not in out and set(out["decode_tok_s"]) == {"2"} and set(out["prefill_tok_s"]) == {"3x32", "1x64"}
+    assert 0 < out["prefill_tok_s"]["3x32"] <= 96 / 0.005
+    mixed = out["mixed"]
+    wanted = sum(max(1, round(m * 0.05)) for _, m in mixed_lengths(6))
+    assert mixed["completed"] == 6 and mixed["total_output_tokens"] == wanted and mixed["steps"] > 0
+    assert mixed["output_throughput"] == pytest.approx(wanted / mixed["duration"])
+    assert "mixed x 6" in printed and "ttfts" not in mixed
+
+
+def test_offline_default_is_a_prompt_and_decoding() -> None:
+    args = offline.parser().parse_args(["--model", "x"])
+    assert offline.work_of(args).prompt and offline.work_of(args).batches == (1, 8, 16)
+    only = offline.work_of(offline.parser().parse_args(["--model", "x", "--workload", "mixed512"]))
+    assert not only.prompt and only.batches == () and only.mixed == 512 and only.most_sequences == 256
+
+
+def test_served_counts_from_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--device", "mock", "--workload", "mixed512", "--requests", "9", "--length-scale", "0.05", "--vocab-size", "250", "--cold"]
+    assert served.main([*words, "--json"]) == 0
+    out = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert out["ready_s"] > 0.2 and out["cold"] is True
+    assert out["mixed_http"]["total_output_tokens"] == sum(max(1, round(m * 0.05)) for _, m in mixed_lengths(9))
+
+
+def test_served_says_why_a_server_did_not_come(capfd: pytest.CaptureFixture[str]) -> None:
+    assert served.main(["--model", "nowhere.gguf", "--device", "cpu", "--ready-timeout", "30"]) == 2
+    assert "exit code" in capfd.readouterr().err
 
 
 def test_offline_refuses_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,3 +158,14 @@ def test_the_real_traces_are_read(assets: Path) -> None:
     assert all(a.at_s <= b.at_s for a, b in zip(code, code[1:], strict=False))
     mooncake_rows = list(read_trace(traces / "mooncake_conversation_trace.jsonl"))
     assert mooncake_rows[0].blocks == tuple(range(14)) and len(mooncake_rows) > 5000
+
+
+def test_the_mixed_workload_is_the_one_that_the_peers_ran() -> None:
+    lengths = workload.mixed_lengths()
+    assert (len(lengths), sum(n for n, _ in lengths), sum(m for _, m in lengths)) == (512, 202_806, 94_221)
+    assert workload.mixed_lengths(8) == lengths[:8] and max(n for n, _ in lengths) == 2048
+    requests = list(workload.mixed_prompts(5, 0.1, 32000, 0))
+    assert [(n, m) for _, n, m in requests] == [(max(1, round(n / 10)), max(1, round(m / 10))) for n, m in lengths[:5]]
+    assert all(len(ids) == n and max(ids) < 32000 for ids, n, _ in requests)
+    text, known, _ = next(workload.mixed_prompts(1, 0.1, 32000, 0, words=True))
+    assert len(text.split()) == requests[0][1] and known == 0

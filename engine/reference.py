@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import w4, w8
+from engine import awq, w4, w8
 from engine.backend import Dense, Weight
 from engine.batch import Batch
 from engine.cache.layout import KVLayout
@@ -21,6 +21,8 @@ from engine.models.spec import ModelSpec
 
 def dense(weight: Weight) -> np.ndarray:
     """float32 values of a weight in any of its forms."""
+    if isinstance(weight, awq.AWQ):
+        weight = awq.to_w4(weight)
     if isinstance(weight, w4.W4):
         return w4.dequantize(weight)
     if isinstance(weight, w8.W8):

@@ -4,7 +4,8 @@ Canonical names are the ones of `engine/models/decoder.py`:
 
     embed   layers.{i}.{input_norm,q,k,v,o,q_norm,k_norm,post_norm,gate,up,down}   final_norm   lm_head
 
-each with `.weight` and, where the spec says so, `.bias`. Headers only, no torch: the memory plan is made from this.
+each with `.weight` and, where the spec says so, `.bias`. A weight in AWQ's form is one parameter made of three tensors.
+Headers only, no torch: the memory plan is made from this.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Protocol
 
 import numpy as np
 
+from engine.awq import PACK
 from engine.errors import ModelError
-from engine.models.spec import FAMILIES, ModelSpec
+from engine.models.spec import FAMILIES, AwqSpec, ModelSpec
 from formats.errors import FormatError, printable
 from formats.gguf import GGUFFile, read_gguf
 from formats.json_file import read_json
@@ -77,13 +79,14 @@ class TensorFile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a parameter lies. `type` is a key of `formats.gguf.TYPES` (safetensors: one of DENSE_TYPES)."""
+    """Where a parameter lies. `type` is a key of `formats.gguf.TYPES` (safetensors: one of DENSE_TYPES, or AWQ)."""
 
     file: TensorFile
     name: str
     shape: tuple[int, ...]
     type: str
     interleaved_heads: int = 0  # rows of this many heads are in GGUF's order: pairs of rotated dimensions side by side
+    parts: tuple[Stored, ...] = ()  # AWQ: qweight, qzeros, scales, or qweight, scales; `shape` is [N, K], `name` the linear's
 
     def fail(self, reason: str) -> ModelError:
         return ModelError(f"{printable(self.file.path.name)}: {printable(self.name)}: {reason}")
@@ -147,7 +150,43 @@ def _stock_of_directory(path: Path, spec: ModelSpec) -> dict[str, Stored]:
             found[t.name] = Stored(file, t.name, t.shape, t.dtype)
     if spec.tie_word_embeddings:
         found.pop("lm_head.weight", None)  # a copy that some checkpoints carry; the embedding rules
-    return _match(INDEX if (path / INDEX).exists() else SINGLE, found, HF_NAMES, spec)
+    file = INDEX if (path / INDEX).exists() else SINGLE
+    if spec.awq is not None:
+        _join_awq(file, found, spec, spec.awq)
+    return _match(file, found, HF_NAMES, spec)
+
+
+def _join_awq(file: str, found: dict[str, Stored], spec: ModelSpec, awq: AwqSpec) -> None:
+    """Put one entry, named as a dense weight would be, in the place of a quantized linear's tensors."""
+    missing = []
+    for canonical, shape in expected_shapes(spec).items():
+        linear = file_name(canonical, HF_NAMES).rpartition(".")[0]
+        if len(shape) != 2 or canonical == "embed.weight" or any(name in linear for name in awq.not_converted):
+            continue
+        if canonical == "lm_head.weight" and f"{linear}.qweight" not in found:
+            continue  # most checkpoints leave it as it was, and do not say so
+        if f"{linear}.weight" in found:
+            raise found[f"{linear}.weight"].fail("is a dense weight; quantization_config says that this linear is quantized")
+        names = ["qweight", "qzeros", "scales"] if awq.zero_point or f"{linear}.qzeros" in found else ["qweight", "scales"]
+        absent = [f"{linear}.{name}" for name in names if f"{linear}.{name}" not in found]
+        missing += absent
+        if not absent:
+            parts = tuple(found.pop(f"{linear}.{name}") for name in names)
+            _check_awq(dict(zip(names, parts, strict=True)), shape, awq.group_size)
+            found[f"{linear}.weight"] = Stored(parts[0].file, linear, shape, "AWQ", parts=parts)
+    if missing:
+        raise ModelError(f"{printable(file)}: missing: {_listing(missing)}")
+
+
+def _check_awq(parts: dict[str, Stored], shape: tuple[int, ...], group: int) -> None:
+    n, k = shape
+    if n % PACK or k % group:
+        raise parts["qweight"].fail(f"{n} output and {k} input channels are no whole int32s of {PACK} and groups of {group}")
+    wanted = {"qweight": ("I32", (k, n // PACK)), "qzeros": ("I32", (k // group, n // PACK)), "scales": ("F16", (k // group, n))}
+    for name, part in parts.items():
+        if (part.type, part.shape) != wanted[name]:
+            kind, size = wanted[name]
+            raise part.fail(f"{part.type} {part.shape}, the model's configuration wants {kind} {size}")
 
 
 def _shards(path: Path) -> list[SafetensorsFile]:
@@ -191,7 +230,7 @@ def _match(file: str, found: dict[str, Stored], names: Mapping[str, str], spec: 
 
 
 def _check_type(stored: Stored, n_dims: int) -> None:
-    if stored.type in DENSE_TYPES or n_dims == 2 and isinstance(stored.file, GGUFFile):
+    if stored.type in DENSE_TYPES or stored.parts or n_dims == 2 and isinstance(stored.file, GGUFFile):
         return
     raise stored.fail(f"type {stored.type} is not supported here; supported: {', '.join(DENSE_TYPES)}")
 

@@ -1,20 +1,26 @@
 """A checkpoint's parameters as tensors: whole ones or a tensor-parallel rank's share, in the form the file has them in.
 
 Strict both ways: `open_checkpoint` refuses a file that lacks or adds a tensor, `finish` a model that did not ask for
-all of them. Only the rows and blocks asked for are read. What comes back is a copy: it does not hold the file open
-and may be changed. Knows nothing of backends and ranks.
+all of them. Only the rows and blocks asked for are read. What comes back is a copy that does not hold the file open and
+may be changed; of AWQ weights, and of 16-bit and 32-bit ones where `views` was asked for, it is the mapped file itself,
+not to be written to. Knows nothing of backends and ranks.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from engine import w4, w8
+from engine import awq, w4, w8
+from engine.awq import AWQ
 from engine.errors import ModelError
 from engine.gguf_blocks import W4_CONVERTERS, W8_CONVERTERS, to_float32, to_w4, to_w8
+from engine.host import usable_cores
 from engine.models.spec import ModelSpec
 from engine.w4 import W4
 from engine.w8 import W8
@@ -33,40 +39,51 @@ BITS = {  # signed integer of the same size, all bits but the sign, infinity
     torch.float16: (torch.int16, np.int16(0x7FFF), 0x7C00),
     torch.bfloat16: (torch.int16, np.int16(0x7FFF), 0x7F80),
 }
-CHUNK = 1 << 18  # elements dequantized at a time
+CHUNK = 1 << 18  # elements dequantized at a time, so that the float32 numbers stay in a core's cache
+GROUPED_CHUNK = 1 << 20  # elements brought into W4 or W8 at a time: smaller pieces wait for the interpreter's lock
+MAX_THREADS = 8  # that convert; more do not help, since memory and the interpreter are shared
 TORCH_GRAIN = 1 << 15  # up to so many elements torch converts without waking its threads, which costs more than it gains
 GROUP_SIZE = 32  # of every GGUF type that becomes W4 or W8
 FULL = slice(None)
 
 
-def open_checkpoint(path: Path | str, spec: ModelSpec) -> Checkpoint:
-    """A Hugging Face directory or a GGUF file, checked against the spec; ModelError naming file and tensor otherwise."""
-    return Checkpoint(take_stock(path, spec))
+def open_checkpoint(path: Path | str, spec: ModelSpec, *, views: bool = False) -> Checkpoint:
+    """A Hugging Face directory or a GGUF file, checked against the spec; ModelError naming file and tensor otherwise.
+
+    `views`: 16-bit and 32-bit weights come as they lie in the mapped file, neither copied nor searched for numbers that
+    are not finite, for who uploads them and looks there. They hold the file open as long as they live.
+    """
+    return Checkpoint(take_stock(path, spec), views=views)
 
 
 class Checkpoint:
     """Parameters by canonical name (`engine/weight_files.py`), without the `.weight` or `.bias`."""
 
-    def __init__(self, stock: dict[str, Stored]) -> None:
+    def __init__(self, stock: dict[str, Stored], *, views: bool = False) -> None:
         self._stock = stock
+        self._views = views
         self._used: set[str] = set()
 
-    def weight(self, name: str, *, rows: slice | None = None, columns: slice | None = None, dense: bool = False) -> torch.Tensor | W4 | W8:
+    def weight(
+        self, name: str, *, rows: slice | None = None, columns: slice | None = None, dense: bool = False
+    ) -> torch.Tensor | W4 | W8 | AWQ:
         """Output channels `rows` and input channels `columns` of a weight (a norm's: [features]).
 
-        Formats that map exactly onto W4 or W8 come so, unless `dense` or a slice that cuts a group in two; everything
-        else as float32, float16 or bfloat16, quantized ones dequantized in float32 and rounded to float16, which is
-        what a 16-bit checkpoint made from the file would hold.
+        Formats that map exactly onto W4 or W8, and AWQ's own, come so, unless `dense` or a slice that cuts a group (of
+        AWQ: 8 rows) in two; everything else as float32, float16 or bfloat16, quantized ones dequantized in float32 and
+        rounded to float16, which is what a 16-bit checkpoint made from the file would hold.
         """
         stored = self._find(f"{name}.weight")
         rows, columns = rows or FULL, columns or FULL
         if stored.type in DTYPES:
-            return _plain(stored, rows, columns)
+            return _plain(stored, rows, columns, self._views)
+        if stored.type == "AWQ":
+            return _awq(stored, rows, columns, dense)
         return _quantized(stored, rows, columns, dense)
 
     def bias(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """[N], as stored; ModelError where the model has none."""
-        return _plain(self._find(f"{name}.bias"), rows or FULL, FULL)
+        return _plain(self._find(f"{name}.bias"), rows or FULL, FULL, self._views)
 
     def finish(self) -> None:
         """Everything was asked for, or ModelError lists what was not."""
@@ -80,13 +97,54 @@ class Checkpoint:
         return self._stock[canonical]
 
 
-def _plain(stored: Stored, rows: slice, columns: slice) -> torch.Tensor:
+def _plain(stored: Stored, rows: slice, columns: slice, views: bool) -> torch.Tensor:
     array: np.ndarray = stored.file.raw(stored.name).view(NUMPY_DTYPES[stored.type]).reshape(stored.shape)
     array = _take_rows(array, rows, stored)
     if array.ndim == 2:
         array = array[:, columns]
-    tensor = torch.from_numpy(np.array(array)).view(DTYPES[stored.type])
-    return _finite(tensor, stored)
+    if not views:
+        return _finite(torch.from_numpy(np.array(array)).view(DTYPES[stored.type]), stored)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable")  # nobody writes to it
+        tensor = torch.from_numpy(array)
+    return tensor.view(DTYPES[stored.type])
+
+
+def _awq(stored: Stored, rows: slice, columns: slice, dense: bool) -> torch.Tensor | AWQ:
+    n, k = stored.shape
+    (top, bottom, _), (left, right, _) = rows.indices(n), columns.indices(k)
+    whole = AWQ(*_awq_arrays(stored))
+    g = whole.group_size
+    # what holds the slice and cuts nothing in two
+    weight = whole.rows(_down(top, awq.PACK), _up(bottom, awq.PACK)).columns(_down(left, g), _up(right, g))
+    if not _all_finite(weight.scales.view(np.int16), torch.float16):
+        raise stored.parts[-1].fail("a scale is not a finite number")
+    if not dense and weight.out_features == bottom - top and weight.in_features == right - left:
+        return weight
+    out = torch.empty((weight.out_features, right - left), dtype=torch.float16)
+    left -= _down(left, g)
+
+    def convert(part: slice) -> None:
+        values = w4.dequantize(awq.to_w4(weight.rows(part.start, part.stop)))
+        out[part] = torch.from_numpy(values[:, left : left + out.shape[1]])
+
+    _in_pieces(convert, weight.out_features, _up(CHUNK // weight.in_features, awq.PACK))
+    return out[top % awq.PACK :][: bottom - top]
+
+
+def _awq_arrays(stored: Stored) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """qweight, qzeros, scales: views of the mapped file; zeros of 8 where the file has none."""
+    arrays = [part.file.raw(part.name).view("<f2" if part.type == "F16" else "<i4").reshape(part.shape) for part in stored.parts]
+    zeros = arrays[1] if len(arrays) == 3 else awq.symmetric_zeros(*arrays[1].shape)
+    return arrays[0], zeros, arrays[-1]
+
+
+def _down(value: int, unit: int) -> int:
+    return value // unit * unit
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
 
 
 def _quantized(stored: Stored, rows: slice, columns: slice, dense: bool) -> torch.Tensor | W4 | W8:
@@ -99,20 +157,54 @@ def _quantized(stored: Stored, rows: slice, columns: slice, dense: bool) -> torc
     aligned = start % GROUP_SIZE == 0 and stop % GROUP_SIZE == 0
     if dense or not aligned or stored.type not in W4_CONVERTERS and stored.type not in W8_CONVERTERS:
         return _finite(_dequantized(raw, stored.type, slice(start, stop)), stored)
-    weight = to_w4(raw, stored.type) if stored.type in W4_CONVERTERS else to_w8(raw, stored.type)
+    weight = _grouped(raw, stored.type, start, stop)
     _check_scales(weight, stored)
-    return weight if (start, stop) == (0, weight.in_features) else _contiguous(weight.columns(start, stop))
+    return weight
+
+
+def _grouped(raw: np.ndarray, kind: str, start: int, stop: int) -> W4 | W8:
+    """Input channels start .. stop-1 of whole blocks; some rows at a time, on several threads."""
+    n, width, groups = raw.shape[0], stop - start, (stop - start) // GROUP_SIZE
+    out: W4 | W8
+    if kind in W4_CONVERTERS:
+        out = W4(np.empty((n, width // 2), np.uint8), np.empty((n, groups), np.float32), np.empty((n, groups), np.float32))
+    else:
+        out = W8(np.empty((n, width), np.int8), np.empty((n, groups), np.float32))
+
+    def convert(part: slice) -> None:
+        source = (to_w4 if kind in W4_CONVERTERS else to_w8)(raw[part], kind).columns(start, stop)
+        for name in ("qweight", "scale", "bias") if isinstance(out, W4) else ("q", "scale"):
+            getattr(out, name)[part] = getattr(source, name)
+
+    _in_pieces(convert, n, max(1, GROUPED_CHUNK // width))
+    return out
+
+
+def _in_pieces(convert: Callable[[slice], None], rows: int, step: int) -> None:
+    """`convert` some rows at a time, on as many threads as there is work for (numpy lets them run side by side)."""
+    pieces = [slice(row, min(row + step, rows)) for row in range(0, rows, step)]
+    threads = min(usable_cores(), MAX_THREADS, len(pieces) // 2)
+    if threads < 2:
+        for piece in pieces:
+            convert(piece)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(convert, pieces):
+            pass  # an error of a piece is raised here
 
 
 def _dequantized(raw: np.ndarray, kind: str, columns: slice) -> torch.Tensor:
-    """float16 [N, columns]; some rows at a time, so that the float32 numbers stay in the processor's caches."""
+    """float16 [N, columns]; some rows at a time, on several threads."""
     n, width = raw.shape[0], columns.stop - columns.start
     out = torch.empty((n, width), dtype=torch.float16)
-    step, piece = max(1, CHUNK // width), max(1, TORCH_GRAIN // width)
-    for row in range(0, n, step):
-        values = torch.from_numpy(_float32(np.ascontiguousarray(raw[row : row + step]), kind)[:, columns])
-        for target, source in zip(out[row : row + step].split(piece), values.split(piece), strict=True):
+    piece = max(1, TORCH_GRAIN // width)
+
+    def convert(part: slice) -> None:
+        values = torch.from_numpy(_float32(np.ascontiguousarray(raw[part]), kind)[:, columns])
+        for target, source in zip(out[part].split(piece), values.split(piece), strict=True):
             target.copy_(source)
+
+    _in_pieces(convert, n, max(1, CHUNK // width))
     return out
 
 
@@ -120,12 +212,6 @@ def _float32(raw: np.ndarray, kind: str) -> np.ndarray:
     if kind in W4_CONVERTERS:
         return w4.dequantize(to_w4(raw, kind))
     return w8.dequantize(to_w8(raw, kind)) if kind in W8_CONVERTERS else to_float32(raw, kind)
-
-
-def _contiguous(weight: W4 | W8) -> W4 | W8:
-    if isinstance(weight, W4):
-        return W4(*map(np.ascontiguousarray, (weight.qweight, weight.scale, weight.bias)))
-    return W8(np.ascontiguousarray(weight.q), np.ascontiguousarray(weight.scale))
 
 
 def _take_rows(array: np.ndarray, rows: slice, stored: Stored) -> np.ndarray:
@@ -143,9 +229,12 @@ def _check_scales(weight: W4 | W8, stored: Stored) -> None:
 
 
 def _finite(tensor: torch.Tensor, stored: Stored) -> torch.Tensor:
-    """NaN and infinity have all bits of the exponent set; looking at bits is several times as fast as a sum."""
-    integers, magnitude, limit = BITS[tensor.dtype]
-    bits = tensor.view(integers).numpy()
-    if bits.size and int((bits & magnitude).max()) >= limit:
+    if not _all_finite(tensor.view(BITS[tensor.dtype][0]).numpy(), tensor.dtype):
         raise stored.fail("holds a number that is not finite")
     return tensor
+
+
+def _all_finite(bits: np.ndarray, dtype: torch.dtype) -> bool:
+    """NaN and infinity have all bits of the exponent set; looking at bits is several times as fast as a sum."""
+    _, magnitude, limit = BITS[dtype]
+    return not bits.size or int((bits & magnitude).max()) < limit

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import w4, w8
+from engine import awq, w4, w8
 from engine.backend import Dense, Weight
 from engine.batch import Batch
 from engine.cache.layout import KVLayout
@@ -121,6 +121,8 @@ class CpuBackend:
         return Linear(packed, words)
 
     def _pack(self, weight: Weight, bias: np.ndarray | None) -> Packed:
+        if isinstance(weight, awq.AWQ):
+            weight = awq.to_w4(weight)
         if isinstance(weight, w4.W4):
             if not self._exact:
                 return matmul.pack_w4(weight.qweight, weight.scale, weight.bias, bias)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from engine import w4, w8
+from engine import awq, w4, w8
 from engine.backend import Array, Backend, Weight
 from engine.models.shard import make_shard
 from engine.models.spec import ModelSpec
@@ -114,6 +114,8 @@ def stack(parts: list[Weight]) -> Weight:
         return w4.concat_rows(parts)
     if all(isinstance(p, w8.W8) for p in parts):
         return w8.concat_rows(parts)
+    if all(isinstance(p, awq.AWQ) for p in parts):  # one checkpoint has one group size
+        return awq.concat_rows(parts)
     tensors = [to_dense(p) for p in parts]
     widest = max((t.dtype for t in tensors), key=lambda d: (d.itemsize, d == torch.bfloat16))
     return torch.cat([t.to(widest) for t in tensors])
@@ -121,6 +123,8 @@ def stack(parts: list[Weight]) -> Weight:
 
 def to_dense(weight: Weight) -> torch.Tensor:
     """A 16/32-bit tensor; group-quantized weights become float16, as a 16-bit checkpoint would hold them."""
+    if isinstance(weight, awq.AWQ):
+        weight = awq.to_w4(weight)
     if isinstance(weight, w4.W4):
         return torch.from_numpy(w4.dequantize(weight)).to(torch.float16)
     if isinstance(weight, w8.W8):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.awq import PACK
 from engine.errors import ConfigError
 from engine.models.spec import ModelSpec
 
@@ -43,12 +44,30 @@ def make_shard(spec: ModelSpec, rank: int, size: int) -> Shard:
     unit = next((u for u in (128, 64, 32) if spec.intermediate_size % u == 0 and spec.intermediate_size // u >= size), 1)
     intermediate = _share(spec.intermediate_size // unit, rank, size)
     vocab_each = -(-spec.vocab_size // size)
-    return Shard(
+    shard = Shard(
         heads=heads,
         kv_heads=kv_heads,
         intermediate=slice(intermediate.start * unit, intermediate.stop * unit),
         vocab=slice(min(rank * vocab_each, spec.vocab_size), min((rank + 1) * vocab_each, spec.vocab_size)),
     )
+    if spec.awq is not None and size > 1:
+        _check_groups(spec, shard, size, spec.awq.group_size)
+    return shard
+
+
+def _check_groups(spec: ModelSpec, shard: Shard, size: int, group: int) -> None:
+    """An AWQ weight is cut between its groups (input channels of o and down) and its int32s of 8 output channels."""
+    cuts = (
+        ("heads' outputs", (shard.heads.start * spec.head_dim, shard.heads.stop * spec.head_dim), group),
+        ("KV heads", (shard.kv_heads.start * spec.head_dim, shard.kv_heads.stop * spec.head_dim), PACK),
+        ("intermediate channels", (shard.intermediate.start, shard.intermediate.stop), group),
+    )
+    for what, (start, stop), unit in cuts:
+        if start % unit or stop % unit:
+            raise ConfigError(
+                f"engine.tp = {size} gives a rank {what} {start} to {stop - 1}, which cuts a group of {unit} of this AWQ "
+                "checkpoint in two; use fewer ranks."
+            )
 
 
 def _share(count: int, rank: int, size: int) -> slice:

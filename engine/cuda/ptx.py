@@ -152,6 +152,10 @@ bits_of_float = _asm("mov.b32 $0, $1;", [u32], [f32], pure=True)
 
 pack_bf16 = _asm("cvt.rn.bf16x2.f32 $0, $2, $1;", [u32], [f32, f32], pure=True)  # (low, high)
 pack_f16 = _asm("cvt.rn.f16x2.f32 $0, $2, $1;", [u32], [f32, f32], pure=True)
+# cvt.rn.f16x2.f32 needs compute capability 8.0; this does not
+pack_f16_portable = _asm(
+    "{ .reg .b16 l, h; cvt.rn.f16.f32 l, $1; cvt.rn.f16.f32 h, $2; mov.b32 $0, {l, h}; }", [u32], [f32, f32], pure=True
+)
 low_f16 = _asm("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }", [f32], [u32], pure=True)
 high_f16 = _asm("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }", [f32], [u32], pure=True)
 low_bf16 = _asm("shl.b32 $0, $1, 16;", [f32], [u32], pure=True)
@@ -178,14 +182,23 @@ FLOAT = {"bfloat16": float_bf16, "float16": float_f16}
 exp2 = _asm("ex2.approx.ftz.f32 $0, $1;", [f32], [f32], pure=True)  # relative error 2^-22
 reciprocal = _asm("rcp.approx.ftz.f32 $0, $1;", [f32], [f32], pure=True)  # 1 ulp
 rsqrt = _asm("rsqrt.approx.ftz.f32 $0, $1;", [f32], [f32], pure=True)  # relative error 2^-22.9
+log2 = _asm("lg2.approx.ftz.f32 $0, $1;", [f32], [f32], pure=True)  # absolute error 2^-22 near 1, relative elsewhere
 
 # -- a warp -------------------------------------------------------------------------------------------------------------------
 
 shuffle_xor = _asm("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", [u32], [u32, u32], memory=True)
 shuffle_xor_f32 = _asm("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", [f32], [f32, u32], memory=True)
+shuffle_first = _asm("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", [u32], [u32], memory=True)  # lane 0's
+shuffle_first_f32 = _asm("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", [f32], [f32], memory=True)
 warp_barrier = _asm("bar.warp.sync 0xffffffff;", [], [], memory=True)
 
 # -- between thread blocks ------------------------------------------------------------------------------------------------------
 
 fence_device = _asm("fence.acq_rel.gpu;", [], [], memory=True)  # membar: what was written before is seen by who sees what comes after
 add_counter = _asm("atom.add.acq_rel.gpu.global.u32 $0, [$1], $2;", [u32], [u64, u32], memory=True)  # the value before
+
+# -- attention: exact pieces of an online softmax -------------------------------------------------------------------------------
+
+move_matrix_transposed = _asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", [u32], [u32], memory=True)  # movmatrix, sm_75
+maximum = _asm("max.f32 $0, $1, $2;", [f32], [f32, f32], pure=True)  # of a number and NaN, the number
+fma = _asm("fma.rn.f32 $0, $1, $2, $3;", [f32], [f32, f32, f32], pure=True)  # a * b + c that no compiler splits or joins otherwise

@@ -1,0 +1,325 @@
+"""What lies between the products: embed, RMSNorm with and without the residual sum, SiLU x up, rows taken, tables updated.
+
+`embed`, `rms_norm`, `silu_mul` of `engine/reference.py`; `AddRmsNorm` is `ReferenceBackend.add_rms_norm`; `TakeRows` its `take`.
+Knows no model and owns no memory.
+
+Layout: rows of 16-bit numbers, consecutive, of a multiple of 8 numbers, so that every access is one of 128 bits (8 numbers, a
+"vector"); norm weights are float32.
+
+    x, residual, out   [T, hidden]           gate_up [T, gate I | up I] -> out [T, I]
+    weight             float32 [hidden]      ids [slots + 1, session_len + 1], tables [slots + 1, blocks_per_slot] int32
+
+Work split:
+
+    a norm      one thread block a row; thread i holds vectors i, i + threads, .. in registers: global memory is passed over once.
+                Sum of squares: float32, lanes of a warp (shuffles), then the warps (32 floats of shared memory), in a fixed order:
+                a row's result does not depend on the rows beside it
+    silu_mul    one thread a vector of `out`
+    copies      one thread block a row
+
+Add: the sum is rounded to the computing dtype before its square is taken, so that `AddRmsNorm` is exactly "add, then RmsNorm".
+Portable: float16 variants use no instruction that compute capability 7.5 lacks.
+
+Versions tried: none was measured yet; threads a row is a factory constant so that it can be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from engine.cuda import ptx
+from engine.cuda.launch import Kernel, Library, Variant
+from engine.cuda.target import cuda, pointer, types
+
+VECTOR = 8  # 16-bit numbers of a 128-bit access
+COPY_THREADS = 128
+MAX_HIDDEN = 16384
+LOG2E = 1.4426950408889634
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
+WORDS, INTS, FLOATS = pointer(u32), pointer(i32), pointer(f32)
+PACK = {"bfloat16": ptx.pack_bf16, "float16": ptx.pack_f16_portable}
+
+
+def norm_threads(hidden: int) -> int:
+    """Threads of a row: a vector each up to 512 of them, whole warps."""
+    return min(512, -(-hidden // VECTOR // 32) * 32)
+
+
+# -- kernels --------------------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(hidden: int, dtype: str, add: bool, threads: int) -> Kernel:
+    """add: (x, residual, weight, out, eps), else (x, weight, out, eps)."""
+    pack, low, high = PACK[dtype], ptx.LOW[dtype], ptx.HIGH[dtype]
+    vectors = hidden // VECTOR
+    rounds = -(-vectors // threads)  # vectors of a thread
+    whole = vectors % threads == 0
+    numbers, words = VECTOR * rounds, 4 * rounds
+    warps = threads // 32
+    lane_steps, warp_steps = (16, 8, 4, 2, 1), tuple(n for n in (16, 8, 4, 2, 1) if n < warps)
+    inverse = f32(1.0 / hidden)
+    row_bytes, zero = 2 * hidden, f32(0.0)
+
+    @cuda.jit(device=True, inline="always")
+    def normalise(values: Any, weight: Any, out: Any, eps: Any, partial: Any) -> None:
+        thread = i32(cuda.threadIdx.x)
+        total = zero
+        for i in range(numbers):
+            total += values[i] * values[i]
+        for step in lane_steps:
+            total += ptx.shuffle_xor_f32(total, u32(step))
+        if warps > 1:
+            if thread & i32(31) == i32(0):
+                partial[thread >> i32(5)] = total
+            cuda.syncthreads()
+            lane = thread & i32(31)
+            total = partial[lane] if lane < i32(warps) else zero
+            for step in warp_steps:
+                total += ptx.shuffle_xor_f32(total, u32(step))
+            total = ptx.shuffle_first_f32(total)
+        scale = ptx.rsqrt(total * inverse + eps)
+        for r in range(rounds):
+            at = thread + i32(r * threads)
+            if whole or at < i32(vectors):
+                w = ptx.address(weight) + u64(u32(at) * u32(32))
+                w0, w1, w2, w3 = ptx.load_constant_128(w)
+                w4, w5, w6, w7 = ptx.load_constant_128(w + u64(16))
+                a = pack(values[8 * r] * scale * ptx.float_of_bits(w0), values[8 * r + 1] * scale * ptx.float_of_bits(w1))
+                b = pack(values[8 * r + 2] * scale * ptx.float_of_bits(w2), values[8 * r + 3] * scale * ptx.float_of_bits(w3))
+                c = pack(values[8 * r + 4] * scale * ptx.float_of_bits(w4), values[8 * r + 5] * scale * ptx.float_of_bits(w5))
+                d = pack(values[8 * r + 6] * scale * ptx.float_of_bits(w6), values[8 * r + 7] * scale * ptx.float_of_bits(w7))
+                ptx.store_128(out + u64(u32(at) * u32(16)), a, b, c, d)
+
+    @cuda.jit(device=True, inline="always")
+    def load(row: Any, packed: Any) -> None:
+        thread = i32(cuda.threadIdx.x)
+        for r in range(rounds):
+            at = thread + i32(r * threads)
+            if whole or at < i32(vectors):
+                packed[4 * r], packed[4 * r + 1], packed[4 * r + 2], packed[4 * r + 3] = ptx.load_128(row + u64(u32(at) * u32(16)))
+            else:
+                packed[4 * r], packed[4 * r + 1], packed[4 * r + 2], packed[4 * r + 3] = u32(0), u32(0), u32(0), u32(0)
+
+    def norm_kernel(x, weight, out, eps):  # type: ignore[no-untyped-def]
+        row = u64(cuda.blockIdx.x) * u64(row_bytes)
+        packed = cuda.local.array(words, u32)
+        values = cuda.local.array(numbers, f32)
+        partial = cuda.shared.array(32, f32)
+        load(ptx.address(x) + row, packed)
+        for i in range(words):
+            values[2 * i], values[2 * i + 1] = low(packed[i]), high(packed[i])
+        normalise(values, weight, ptx.address(out) + row, eps, partial)
+
+    def add_norm_kernel(x, residual, weight, out, eps):  # type: ignore[no-untyped-def]
+        thread = i32(cuda.threadIdx.x)
+        row = u64(cuda.blockIdx.x) * u64(row_bytes)
+        packed = cuda.local.array(words, u32)
+        second = cuda.local.array(words, u32)
+        values = cuda.local.array(numbers, f32)
+        partial = cuda.shared.array(32, f32)
+        load(ptx.address(x) + row, packed)
+        load(ptx.address(residual) + row, second)
+        for i in range(words):
+            packed[i] = pack(low(packed[i]) + low(second[i]), high(packed[i]) + high(second[i]))
+            values[2 * i], values[2 * i + 1] = low(packed[i]), high(packed[i])
+        for r in range(rounds):
+            at = thread + i32(r * threads)
+            if whole or at < i32(vectors):
+                to = ptx.address(residual) + row + u64(u32(at) * u32(16))
+                ptx.store_128(to, packed[4 * r], packed[4 * r + 1], packed[4 * r + 2], packed[4 * r + 3])
+        normalise(values, weight, ptx.address(out) + row, eps, partial)
+
+    if add:
+        return Kernel(add_norm_kernel, (WORDS, WORDS, FLOATS, WORDS, f32), threads)
+    return Kernel(norm_kernel, (WORDS, FLOATS, WORDS, f32), threads)
+
+
+def silu_mul(intermediate: int, dtype: str, threads: int) -> Kernel:
+    """(gate_up, out, vectors of out)."""
+    pack, low, high = PACK[dtype], ptx.LOW[dtype], ptx.HIGH[dtype]
+    per_row, minus_log2e, one = intermediate // VECTOR, f32(-LOG2E), f32(1.0)
+
+    @cuda.jit(device=True, inline="always")
+    def silu(x: Any) -> Any:
+        return x * ptx.reciprocal(one + ptx.exp2(x * minus_log2e))
+
+    @cuda.jit(device=True, inline="always")
+    def both(gate: Any, up: Any) -> Any:
+        return pack(silu(low(gate)) * low(up), silu(high(gate)) * high(up))
+
+    def kernel(gate_up, out, count):  # type: ignore[no-untyped-def]
+        at = u32(cuda.blockIdx.x) * u32(threads) + u32(cuda.threadIdx.x)
+        if at < u32(count):
+            row = at // u32(per_row)
+            gate = ptx.address(gate_up) + (u64(at) + u64(row) * u64(per_row)) * u64(16)
+            g0, g1, g2, g3 = ptx.load_constant_128(gate)
+            u0, u1, u2, u3 = ptx.load_constant_128(gate + u64(16 * per_row))
+            ptx.store_128(ptx.address(out) + u64(at) * u64(16), both(g0, u0), both(g1, u1), both(g2, u2), both(g3, u3))
+
+    return Kernel(kernel, (WORDS, WORDS, i32), threads)
+
+
+def embed(hidden: int) -> Kernel:
+    """(table, ids, ids of a slot, token_slots, positions, out)."""
+    vectors, threads = hidden // VECTOR, COPY_THREADS
+    rounds, whole = -(-vectors // threads), vectors % threads == 0
+
+    def kernel(table, ids, stride, token_slots, positions, out):  # type: ignore[no-untyped-def]
+        token, thread = i32(cuda.blockIdx.x), i32(cuda.threadIdx.x)
+        at = u64(token_slots[token]) * u64(stride) + u64(positions[token])
+        source = ptx.address(table) + u64(ids[at]) * u64(2 * hidden)
+        to = ptx.address(out) + u64(token) * u64(2 * hidden)
+        for r in range(rounds):
+            vector = thread + i32(r * threads)
+            if whole or vector < i32(vectors):
+                a, b, c, d = ptx.load_constant_128(source + u64(u32(vector) * u32(16)))
+                ptx.store_128(to + u64(u32(vector) * u32(16)), a, b, c, d)
+
+    return Kernel(kernel, (WORDS, INTS, i32, INTS, INTS, WORDS), threads)
+
+
+def take_rows(hidden: int) -> Kernel:
+    """(x, indices, out)."""
+    vectors, threads = hidden // VECTOR, COPY_THREADS
+    rounds, whole = -(-vectors // threads), vectors % threads == 0
+
+    def kernel(x, indices, out):  # type: ignore[no-untyped-def]
+        row, thread = i32(cuda.blockIdx.x), i32(cuda.threadIdx.x)
+        source = ptx.address(x) + u64(indices[row]) * u64(2 * hidden)
+        to = ptx.address(out) + u64(row) * u64(2 * hidden)
+        for r in range(rounds):
+            vector = thread + i32(r * threads)
+            if whole or vector < i32(vectors):
+                a, b, c, d = ptx.load_constant_128(source + u64(u32(vector) * u32(16)))
+                ptx.store_128(to + u64(u32(vector) * u32(16)), a, b, c, d)
+
+    return Kernel(kernel, (WORDS, INTS, WORDS), threads)
+
+
+def apply_updates() -> Kernel:
+    """(tables, entries of a slot, updates, how many)."""
+
+    def kernel(tables, stride, updates, count):  # type: ignore[no-untyped-def]
+        at = i32(cuda.blockIdx.x) * i32(COPY_THREADS) + i32(cuda.threadIdx.x)
+        if at < count:
+            entry = i32(3) * at
+            tables[u64(updates[entry]) * u64(stride) + u64(updates[entry + i32(1)])] = updates[entry + i32(2)]
+
+    return Kernel(kernel, (INTS, i32, INTS, i32), COPY_THREADS)
+
+
+# -- operations -----------------------------------------------------------------------------------------------------------------
+
+
+def check_rows(what: str, x: torch.Tensor, rows: int, width: int, dtype: torch.dtype) -> None:
+    """ValueError unless x is [rows, width] of dtype, consecutive."""
+    if x.shape != (rows, width) or x.dtype != dtype or not x.is_contiguous():
+        raise ValueError(f"{what} is {x.dtype} {tuple(x.shape)}, not consecutive {dtype} {(rows, width)}")
+
+
+def _check_width(what: str, width: int, most: int = 1 << 20) -> None:
+    if width % VECTOR or not 2 * VECTOR <= width <= most:
+        raise ValueError(f"{what} is {width}; a multiple of {VECTOR} from {2 * VECTOR} to {most} is needed")
+
+
+class RmsNorm:
+    """out = rms_norm(x) * weight. x, out [T, hidden] in the computing dtype (may be the same memory), weight float32 [hidden]."""
+
+    def __init__(self, library: Library, hidden: int, dtype: str, threads: int = 0) -> None:
+        _check_width("hidden", hidden, MAX_HIDDEN)
+        self._library, self._hidden, self._dtype = library, hidden, DTYPES[dtype]
+        self._variant = Variant(__name__, "rms_norm", (hidden, dtype, False, threads or norm_threads(hidden)))
+        self.variants = (self._variant,)
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float) -> None:
+        check_rows("x", x, len(out), self._hidden, self._dtype)
+        check_rows("out", out, len(out), self._hidden, self._dtype)
+        if len(out):
+            self._library[self._variant](len(out), x, weight, out, eps)
+
+
+class AddRmsNorm:
+    """residual += x, out = rms_norm(residual) * weight. All [T, hidden] in the computing dtype, weight float32 [hidden].
+
+    `out` may be the memory of x.
+    """
+
+    def __init__(self, library: Library, hidden: int, dtype: str, threads: int = 0) -> None:
+        _check_width("hidden", hidden, MAX_HIDDEN)
+        self._library, self._hidden, self._dtype = library, hidden, DTYPES[dtype]
+        self._variant = Variant(__name__, "rms_norm", (hidden, dtype, True, threads or norm_threads(hidden)))
+        self.variants = (self._variant,)
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float) -> None:
+        for what, rows in (("x", x), ("residual", residual), ("out", out)):
+            check_rows(what, rows, len(out), self._hidden, self._dtype)
+        if len(out):
+            self._library[self._variant](len(out), x, residual, weight, out, eps)
+
+
+class SiluMul:
+    """out [T, I] = silu(gate) * up of gate_up [T, gate | up], in the computing dtype."""
+
+    def __init__(self, library: Library, intermediate: int, dtype: str, threads: int = 256) -> None:
+        _check_width("the intermediate size", intermediate)
+        self._library, self._intermediate, self._dtype, self._threads = library, intermediate, DTYPES[dtype], threads
+        self._variant = Variant(__name__, "silu_mul", (intermediate, dtype, threads))
+        self.variants = (self._variant,)
+
+    def __call__(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        check_rows("gate_up", gate_up, len(out), 2 * self._intermediate, self._dtype)
+        check_rows("out", out, len(out), self._intermediate, self._dtype)
+        vectors = len(out) * self._intermediate // VECTOR
+        if vectors:
+            self._library[self._variant](-(-vectors // self._threads), gate_up, out, vectors)
+
+
+class Embed:
+    """out[t] = table[ids[token_slots[t], positions[t]]]; table [vocab, hidden] and out [T, hidden] of one 16-bit dtype."""
+
+    def __init__(self, library: Library, hidden: int) -> None:
+        _check_width("hidden", hidden)
+        self._library, self._hidden = library, hidden
+        self._variant = Variant(__name__, "embed", (hidden,))
+        self.variants = (self._variant,)
+
+    def __call__(
+        self, table: torch.Tensor, ids: torch.Tensor, token_slots: torch.Tensor, positions: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        check_rows("table", table, len(table), self._hidden, out.dtype)
+        check_rows("out", out, len(positions), self._hidden, out.dtype)
+        if len(out):
+            self._library[self._variant](len(out), table, ids, ids.stride(0), token_slots, positions, out)
+
+
+class TakeRows:
+    """out[i] = x[indices[i]]; x [T, hidden], out [S, hidden] of one 16-bit dtype, indices int32 [S]."""
+
+    def __init__(self, library: Library, hidden: int) -> None:
+        _check_width("hidden", hidden)
+        self._library, self._hidden = library, hidden
+        self._variant = Variant(__name__, "take_rows", (hidden,))
+        self.variants = (self._variant,)
+
+    def __call__(self, x: torch.Tensor, indices: torch.Tensor, out: torch.Tensor) -> None:
+        check_rows("x", x, len(x), self._hidden, out.dtype)
+        check_rows("out", out, len(indices), self._hidden, out.dtype)
+        if len(out):
+            self._library[self._variant](len(out), x, indices, out)
+
+
+class ApplyUpdates:
+    """tables[slot, index] = block for each row (slot, index, block) of updates int32 [U, 3]; equal rows may repeat."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._variant = Variant(__name__, "apply_updates")
+        self.variants = (self._variant,)
+
+    def __call__(self, tables: torch.Tensor, updates: torch.Tensor) -> None:
+        if len(updates):
+            self._library[self._variant](-(-len(updates) // COPY_THREADS), tables, tables.stride(0), updates, len(updates))

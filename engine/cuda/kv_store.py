@@ -1,0 +1,210 @@
+"""Rope on q and k, q left in place, k and v written into the pool: `ReferenceBackend.rope_store` of `engine/reference.py`.
+
+Optional: RMSNorm of each head of q and k before rope, logn scaling of q after it (`logn_scale`). Knows no attention.
+
+Layout: 16-bit numbers in the computing dtype unless said; a "word" is two of them, dimensions 2w and 2w + 1.
+
+    qkv       [T, heads q | kv_heads k | kv_heads v, head_dim]
+    pool      one layer: [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim]    (engine/cache/layout.py)
+    cos, sin  float32 [max_position, rotary / 2]          tables int32 [slots + 1, blocks_per_slot]
+    a head    | a: rotary / 2 | b: rotary / 2 | rest |      a_i turns with b_i; rest, and all of v, is copied
+
+Work split: one warp a head of a token; grid = T * ceil((heads + 2 kv_heads) / warps of a block). Lane l holds words
+l, l + 32, .. of a and of b (so it has both numbers of every pair it turns) and of the rest, as float32 in registers: qkv is
+read once and written once. A token's position and block are found by every warp for itself: two loads that the cache answers.
+
+The write into the pool is `store_words`, alone, so that a quantized pool is another such function.
+Portable: float16 variants use no instruction that compute capability 7.5 lacks.
+
+Versions tried: none was measured yet; warps a block is a factory constant so that it can be.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from engine.cuda import ptx
+from engine.cuda.elementwise import DTYPES, PACK
+from engine.cuda.launch import Kernel, Library, Variant
+from engine.cuda.target import cuda, pointer, types
+
+WARPS = 4
+
+i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
+WORDS, INTS, FLOATS = pointer(u32), pointer(i32), pointer(f32)
+
+
+def rope_store(
+    heads: int, kv_heads: int, head_dim: int, rotary: int, block_seq_len: int, dtype: str, normed: bool, trained_length: int, warps: int
+) -> Kernel:
+    """(qkv, cos, sin, token_slots, positions, tables, entries of a slot, pool, q_norm, k_norm, eps); trained_length 0: no logn."""
+    pack, low, high = PACK[dtype], ptx.LOW[dtype], ptx.HIGH[dtype]
+    total_heads = heads + 2 * kv_heads
+    groups = -(-total_heads // warps)  # thread blocks of a token
+    all_words, half_words = head_dim // 2, rotary // 4
+    turned, rest = -(-half_words // 32), -(-(all_words - 2 * half_words) // 32)  # words of a, of b, and of the rest that a lane holds
+    held = 2 * turned + rest
+    numbers = 2 * held
+    head_bytes = 2 * head_dim
+    kv_bytes = kv_heads * block_seq_len * head_bytes  # K or V of a block
+    inverse_dim, one, zero = f32(1.0 / head_dim), f32(1.0), f32(0.0)
+    per_octave = f32(1.0 / math.log2(trained_length)) if trained_length else f32(0.0)
+    lane_steps = (16, 8, 4, 2, 1)
+
+    @cuda.jit(device=True, inline="always")
+    def word_of(i: Any, lane: Any) -> Any:
+        """Which word of a head the i-th of a lane is; all_words or more: none."""
+        if i < turned:
+            at = lane + i32(32 * i)
+            return at if at < i32(half_words) else i32(all_words)
+        if i < 2 * turned:
+            at = lane + i32(32 * (i - turned))
+            return at + i32(half_words) if at < i32(half_words) else i32(all_words)
+        return lane + i32(32 * (i - 2 * turned) + 2 * half_words)
+
+    @cuda.jit(device=True, inline="always")
+    def load_head(head: Any, x: Any, lane: Any) -> None:
+        for i in range(held):
+            word = word_of(i, lane)
+            packed = u32(0)
+            if word < i32(all_words):
+                packed = ptx.load_32(head + u64(u32(word) * u32(4)))
+            x[2 * i], x[2 * i + 1] = low(packed), high(packed)
+
+    @cuda.jit(device=True, inline="always")
+    def store_words(to: Any, x: Any, lane: Any) -> None:
+        """The numbers of one head at one position."""
+        for i in range(held):
+            word = word_of(i, lane)
+            if word < i32(all_words):
+                ptx.store_32(to + u64(u32(word) * u32(4)), pack(x[2 * i], x[2 * i + 1]))
+
+    @cuda.jit(device=True, inline="always")
+    def normalise(x: Any, weight: Any, eps: Any, lane: Any) -> None:
+        total = zero
+        for i in range(numbers):
+            total += x[i] * x[i]
+        for step in lane_steps:
+            total += ptx.shuffle_xor_f32(total, u32(step))
+        scale = ptx.rsqrt(total * inverse_dim + eps)
+        for i in range(held):
+            word = word_of(i, lane)
+            if word < i32(all_words):
+                w0, w1 = ptx.load_constant_64(weight + u64(u32(word) * u32(8)))
+                x[2 * i] = x[2 * i] * scale * ptx.float_of_bits(w0)
+                x[2 * i + 1] = x[2 * i + 1] * scale * ptx.float_of_bits(w1)
+
+    @cuda.jit(device=True, inline="always")
+    def turn(x: Any, cos: Any, sin: Any, lane: Any) -> None:
+        for i in range(turned):
+            word = lane + i32(32 * i)
+            if word < i32(half_words):
+                c0, c1 = ptx.load_constant_64(cos + u64(u32(word) * u32(8)))
+                s0, s1 = ptx.load_constant_64(sin + u64(u32(word) * u32(8)))
+                cos0, cos1, sin0, sin1 = ptx.float_of_bits(c0), ptx.float_of_bits(c1), ptx.float_of_bits(s0), ptx.float_of_bits(s1)
+                a0, a1, b0, b1 = x[2 * i], x[2 * i + 1], x[2 * (i + turned)], x[2 * (i + turned) + 1]
+                x[2 * i], x[2 * i + 1] = a0 * cos0 - b0 * sin0, a1 * cos1 - b1 * sin1
+                x[2 * (i + turned)], x[2 * (i + turned) + 1] = b0 * cos0 + a0 * sin0, b1 * cos1 + a1 * sin1
+
+    def kernel(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps):  # type: ignore[no-untyped-def]
+        thread, group = i32(cuda.threadIdx.x), i32(cuda.blockIdx.x)
+        lane, token = thread & i32(31), i32(u32(group) // u32(groups))
+        head = (group - token * i32(groups)) * i32(warps) + (thread >> i32(5))
+        if head >= i32(total_heads):
+            return
+        x = cuda.local.array(numbers, f32)
+        own = ptx.address(qkv) + u64(token) * u64(total_heads * head_bytes) + u64(u32(head) * u32(head_bytes))
+        position = positions[token]
+        load_head(own, x, lane)
+        if head < i32(heads + kv_heads):  # q or k
+            if normed:
+                normalise(x, ptx.address(q_norm) if head < i32(heads) else ptx.address(k_norm), eps, lane)
+            at = u64(position) * u64(2 * rotary)
+            turn(x, ptx.address(cos) + at, ptx.address(sin) + at, lane)
+        if head < i32(heads):
+            if trained_length:
+                scale = ptx.log2(f32(position + i32(1))) * per_octave if position >= i32(trained_length) else one
+                for i in range(numbers):
+                    x[i] *= scale
+            store_words(own, x, lane)
+        else:
+            of_v = head >= i32(heads + kv_heads)
+            kv_head = head - i32(heads) - (i32(kv_heads) if of_v else i32(0))
+            index = i32(u32(position) // u32(block_seq_len))
+            block = tables[u64(token_slots[token]) * u64(stride) + u64(index)]
+            place = u32(kv_head) * u32(block_seq_len) + u32(position - index * i32(block_seq_len))
+            to = ptx.address(pool) + u64(u32(block) * u32(2) + u32(of_v)) * u64(kv_bytes) + u64(place * u32(head_bytes))
+            store_words(to, x, lane)
+
+    arguments = (WORDS, FLOATS, FLOATS, INTS, INTS, INTS, i32, WORDS, FLOATS, FLOATS, f32)
+    return Kernel(kernel, arguments, 32 * warps)
+
+
+class RopeStore:
+    """Rope, q and k normed before it where the model has that, into qkv (q) and into one layer's pool (k, v).
+
+    qkv [T, (heads + 2 kv_heads) * head_dim] and pool [blocks, 2, kv_heads, block_seq_len, head_dim] in the computing dtype; token t
+    is position `positions[t]` of batch slot `token_slots[t]` and goes to block `tables[slot, position // block_seq_len]`. cos, sin
+    float32 [max_position, rotary_dim / 2]; q_norm, k_norm float32 [head_dim], None without `qk_norm`. `trained_length`: of logn
+    scaling, 0 for none. k and v inside qkv are left as they were.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rotary_dim: int,
+        block_seq_len: int,
+        dtype: str,
+        *,
+        qk_norm: bool = False,
+        trained_length: int = 0,
+        warps: int = WARPS,
+    ) -> None:
+        if head_dim % 4 or not 16 <= head_dim <= 256:
+            raise ValueError(f"head_dim is {head_dim}; a multiple of 4 from 16 to 256 is needed")
+        if rotary_dim % 4 or not 0 < rotary_dim <= head_dim:
+            raise ValueError(f"rotary_dim is {rotary_dim}; a multiple of 4 up to head_dim = {head_dim} is needed")
+        if heads < 1 or kv_heads < 1:
+            raise ValueError(f"{heads} heads and {kv_heads} KV heads; at least 1 of each is needed")
+        if trained_length == 1 or trained_length < 0:
+            raise ValueError(f"trained_length is {trained_length}; 0 or at least 2 is needed")
+        self._library, self._dtype, self._qk_norm, self._half = library, DTYPES[dtype], qk_norm, rotary_dim // 2
+        self._width = (heads + 2 * kv_heads) * head_dim
+        self._position = (2, kv_heads, block_seq_len, head_dim)
+        self._groups = -(-(heads + 2 * kv_heads) // warps)
+        constants = (heads, kv_heads, head_dim, rotary_dim, block_seq_len, dtype, qk_norm, trained_length, warps)
+        self._variant = Variant(__name__, "rope_store", constants)
+        self.variants = (self._variant,)
+
+    def __call__(
+        self,
+        qkv: torch.Tensor,
+        pool: torch.Tensor,
+        token_slots: torch.Tensor,
+        positions: torch.Tensor,
+        tables: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        tokens = len(positions)
+        if qkv.shape != (tokens, self._width) or qkv.dtype != self._dtype or not qkv.is_contiguous():
+            raise ValueError(f"qkv is {qkv.dtype} {tuple(qkv.shape)}, not consecutive {self._dtype} {(tokens, self._width)}")
+        if pool.shape[1:] != self._position or pool.dtype != self._dtype or not pool.is_contiguous():
+            raise ValueError(f"the pool is {pool.dtype} {tuple(pool.shape)}, not consecutive {self._dtype} [blocks, *{self._position}]")
+        if cos.shape[1] != self._half or sin.shape != cos.shape:
+            raise ValueError(f"cos and sin are {tuple(cos.shape)} and {tuple(sin.shape)}, not [positions, {self._half}]")
+        if (q_norm is None or k_norm is None) == self._qk_norm:
+            raise ValueError("q_norm and k_norm belong to a model with qk_norm, and only to it")
+        if tokens:
+            self._library[self._variant](
+                tokens * self._groups, qkv, cos, sin, token_slots, positions, tables, tables.stride(0), pool, q_norm, k_norm, eps
+            )

@@ -1,0 +1,554 @@
+"""Arithmetic, comparison and bit instructions: each lane for itself (PTX ISA, "Integer", "Floating-Point", "Logic and Shift").
+
+A function takes the machine and an instruction and returns it bound to the register arrays. Approximate instructions are
+computed exactly; .ftz is ignored; fma rounds once through double precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from tests.ptx.errors import EmulatorError
+from tests.ptx.machine import DTYPE, Array, Bound, Machine
+from tests.ptx.parser import Instruction, Operand
+
+UNSIGNED = {"b16": "u16", "b32": "u32", "b64": "u64"}
+PACKED = ("f16x2", "bf16x2")
+WIDER = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
+
+
+def bf16_to_f32(bits: Array) -> Array:
+    """uint16 patterns of bfloat16 -> float32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def f32_to_bf16(value: Array) -> Array:
+    """float32 -> uint16 patterns of bfloat16, to nearest even; a NaN becomes 0x7fff."""
+    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(value), np.uint16(0x7FFF), rounded.astype(np.uint16))
+
+
+def operands(machine: Machine, instruction: Instruction, kind: str, count: int) -> list[Array]:
+    """The `count` sources after the destination, all of one type."""
+    return [machine.source(operand, kind) for operand in instruction.operands[1 : 1 + count]]
+
+
+def halves(machine: Machine, instruction: Instruction, kind: str, count: int, function: Callable[..., Array]) -> Bound:
+    """16-bit floats, one or two in a register: computed in float64 (exact for a product and a sum), rounded once."""
+    storage = "u32" if kind in PACKED else "u16"
+    destination = machine.register(instruction.operands[0], storage)
+    relu = "relu" in instruction.parts
+    if kind.startswith("bf16"):
+        sources = [machine.wide(o, storage).view(np.uint16) for o in instruction.operands[1 : 1 + count]]
+
+        def compute(out: Array) -> None:
+            value = function(*[bf16_to_f32(s).astype(np.float64) for s in sources]).astype(np.float32)
+            out.view(np.uint16)[...] = f32_to_bf16(np.maximum(value, np.float32(0)) if relu else value)
+
+        return machine.alu(destination, compute)
+    sources = [machine.wide(o, "f16" if storage == "u16" else storage).view(np.float16) for o in instruction.operands[1 : 1 + count]]
+
+    def compute_half(out: Array) -> None:
+        value = function(*[s.astype(np.float64) for s in sources]).astype(np.float16)
+        out.view(np.float16)[...] = np.maximum(value, np.float16(0)) if relu else value
+
+    return machine.alu(destination, compute_half)
+
+
+def is_half(kind: str) -> bool:
+    return kind in ("f16", "bf16", *PACKED)
+
+
+def ufunc(function: Any, count: int) -> Callable[[Machine, Instruction], Bound]:
+    """A numpy function of `count` sources and `out`."""
+
+    def bind(machine: Machine, instruction: Instruction) -> Bound:
+        kind = UNSIGNED.get(instruction.kind, instruction.kind)
+        if is_half(kind):
+            return halves(machine, instruction, kind, count, function)
+        sources = operands(machine, instruction, kind, count)
+        destination = machine.register(instruction.operands[0], kind)
+        if "sat" in instruction.parts:
+            return saturated(machine, destination, kind, partial(function, *sources), sources, function)
+        if all(source.ndim == 0 for source in sources):
+            return machine.alu(destination, lambda out: np.copyto(out, function(*sources), casting="unsafe"))
+        return machine.alu(destination, partial(function, *sources))
+
+    return bind
+
+
+def saturated(
+    machine: Machine, destination: Array, kind: str, compute: Callable[[Array], Any], sources: list[Array], function: Any
+) -> Bound:
+    """.sat: floats to [0, 1] with NaN to 0, s32 to its range."""
+    if kind.startswith("f"):
+
+        def clamp(out: Array) -> None:
+            compute(out)
+            np.clip(np.nan_to_num(out, copy=False, nan=0.0, posinf=1.0, neginf=0.0), 0, 1, out=out)
+
+        return machine.alu(destination, clamp)
+    limits = np.iinfo(DTYPE[kind])
+    return machine.alu(
+        destination,
+        lambda out: np.copyto(out, function(*[s.astype(np.int64) for s in sources]).clip(limits.min, limits.max), casting="unsafe"),
+    )
+
+
+def multiply(machine: Machine, instruction: Instruction) -> Bound:
+    return product(machine, instruction, add=False)
+
+
+def multiply_add(machine: Machine, instruction: Instruction) -> Bound:
+    return product(machine, instruction, add=True)
+
+
+def product(machine: Machine, instruction: Instruction, add: bool) -> Bound:
+    """mul and mad: .lo, .hi, .wide for integers, plain for floats."""
+    kind, parts = UNSIGNED.get(instruction.kind, instruction.kind), instruction.parts
+    if "f" in kind:
+        return fma(machine, instruction) if add else ufunc(np.multiply, 2)(machine, instruction)
+    a, b = operands(machine, instruction, kind, 2)
+    if "wide" in parts:
+        wide = WIDER[kind]
+        destination, dtype = machine.register(instruction.operands[0], wide), DTYPE[wide]
+        if b.ndim == 0:
+            b = b.astype(dtype)
+        c = machine.source(instruction.operands[3], wide) if add else None
+        return machine.alu(destination, summed(machine, partial(np.multiply, a, b, dtype=dtype), c, dtype))
+    destination, dtype = machine.register(instruction.operands[0], kind), DTYPE[kind]
+    c = machine.source(instruction.operands[3], kind) if add else None
+    if "hi" in parts:
+        return machine.alu(destination, summed(machine, partial(high_product, a, b), c, dtype))
+    return machine.alu(destination, summed(machine, partial(np.multiply, a, b), c, dtype))
+
+
+def summed(machine: Machine, compute: Callable[..., Any], addend: Array | None, dtype: Any) -> Callable[[Array], Any]:
+    """`compute(out=...)`, then plus `addend`, which may be the same array as the destination."""
+    if addend is None:
+        return lambda out: compute(out=out)
+    scratch = machine.scratch(dtype, 1)
+
+    def both(out: Array) -> None:
+        compute(out=scratch)
+        np.add(scratch, addend, out)
+
+    return both
+
+
+def high_product(a: Array, b: Array, out: Array) -> None:
+    """The upper half of the product."""
+    bits = out.dtype.itemsize * 8
+    if bits < 64:
+        wide = np.int64 if out.dtype.kind == "i" else np.uint64
+        np.copyto(out, (a.astype(wide) * b.astype(wide)) >> wide(bits), casting="unsafe")
+        return
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    x, y = a.astype(np.uint64), b.astype(np.uint64)
+    x0, x1, y0, y1 = x & low, x >> shift, y & low, y >> shift
+    middle = x1 * y0 + ((x0 * y0) >> shift)
+    other = x0 * y1 + (middle & low)
+    high = x1 * y1 + (middle >> shift) + (other >> shift)
+    if out.dtype.kind == "i":  # two's complement: take back what the sign bits added
+        high = high - np.where(a < 0, y, np.uint64(0)) - np.where(b < 0, x, np.uint64(0))
+    np.copyto(out, high.astype(out.dtype))
+
+
+def fma(machine: Machine, instruction: Instruction) -> Bound:
+    """a * b + c rounded once: exact in float64 for float32 but for ties of ties."""
+    kind = instruction.kind
+    if is_half(kind):
+        return halves(machine, instruction, kind, 3, lambda a, b, c: a * b + c)
+    a, b, c = operands(machine, instruction, kind, 3)
+    destination = machine.register(instruction.operands[0], kind)
+    wide = np.float64 if kind == "f32" else np.longdouble
+    first = machine.scratch(wide, 1)
+    sat = "sat" in instruction.parts
+
+    def compute(out: Array) -> None:
+        np.multiply(a, b, out=first, dtype=wide)
+        np.add(first, c, out=first)
+        np.copyto(out, first, casting="same_kind")
+        if sat:
+            np.clip(np.nan_to_num(out, copy=False, nan=0.0, posinf=1.0, neginf=0.0), 0, 1, out=out)
+
+    return machine.alu(destination, compute)
+
+
+def divide(machine: Machine, instruction: Instruction) -> Bound:
+    """Floats divide; integers truncate towards zero; by zero gives all ones, as hardware does."""
+    kind = instruction.kind
+    if "f" in kind:
+        return ufunc(np.divide, 2)(machine, instruction)
+    a, b = operands(machine, instruction, kind, 2)
+
+    def compute(out: Array) -> None:
+        quotient = (a - np.fmod(a, b)) // b if out.dtype.kind == "i" else a // b
+        np.copyto(out, np.where(b == 0, out.dtype.type(-1) if out.dtype.kind == "i" else np.iinfo(out.dtype).max, quotient))
+
+    return machine.alu(machine.register(instruction.operands[0], kind), compute)
+
+
+def remainder(machine: Machine, instruction: Instruction) -> Bound:
+    a, b = operands(machine, instruction, instruction.kind, 2)
+    return machine.alu(
+        machine.register(instruction.operands[0], instruction.kind), lambda out: np.copyto(out, np.where(b == 0, a, np.fmod(a, b)))
+    )
+
+
+def minimum(machine: Machine, instruction: Instruction) -> Bound:
+    return extreme(machine, instruction, np.fmin, np.minimum)
+
+
+def maximum(machine: Machine, instruction: Instruction) -> Bound:
+    return extreme(machine, instruction, np.fmax, np.maximum)
+
+
+def extreme(machine: Machine, instruction: Instruction, number: Any, nan: Any) -> Bound:
+    """min and max: a NaN loses unless .NaN is given; three operands (sm_100) are two steps."""
+    function = nan if "NaN" in instruction.parts or "f" not in instruction.kind else number
+    return ufunc(function, 2)(machine, instruction)
+
+
+def shift(machine: Machine, instruction: Instruction) -> Bound:
+    """shl, shr: an amount past the width gives 0 or the sign, as numpy's shifts do."""
+    kind = UNSIGNED.get(instruction.kind, instruction.kind)
+    function = np.left_shift if instruction.parts[0] == "shl" else np.right_shift
+    a = machine.source(instruction.operands[1], kind)
+    destination = machine.register(instruction.operands[0], kind)
+    dtype = np.dtype(DTYPE[kind])
+    amount = machine.source(instruction.operands[2], "u32")
+    if amount.ndim == 0:
+        amount = np.array(min(int(amount), 8 * dtype.itemsize), dtype)
+        return machine.alu(destination, partial(function, a, amount))
+    if dtype.itemsize == 4:
+        amount = amount.view(dtype)
+        if dtype.kind == "u":
+            return machine.alu(destination, partial(function, a, amount))
+    limit = np.uint32(8 * dtype.itemsize)
+    amount = amount.view(np.uint32)
+    return machine.alu(destination, lambda out: function(a, np.minimum(amount, limit).astype(dtype), out))
+
+
+def funnel(machine: Machine, instruction: Instruction) -> Bound:
+    """shf.l / shf.r: a shift of the pair {hi, lo}, the amount wrapped or clamped."""
+    low, high, amount = (machine.source(o, "u32") for o in instruction.operands[1:4])
+    wrap, left = "wrap" in instruction.parts, "l" in instruction.parts
+
+    def compute(out: Array) -> None:
+        pair = (high.astype(np.uint64) << np.uint64(32)) | low
+        by = (amount & np.uint32(31) if wrap else np.minimum(amount, np.uint32(32))).astype(np.uint64)
+        np.copyto(out, (pair << by) >> np.uint64(32) if left else (pair >> by) & np.uint64(0xFFFFFFFF), casting="unsafe")
+
+    return machine.alu(machine.register(instruction.operands[0], "u32"), compute)
+
+
+def logic(function: Any) -> Callable[[Machine, Instruction], Bound]:
+    """and, or, xor, not on bits or predicates."""
+
+    def bind(machine: Machine, instruction: Instruction) -> Bound:
+        kind = UNSIGNED.get(instruction.kind, instruction.kind)
+        sources = [predicate(machine, o) if kind == "pred" else machine.source(o, kind) for o in instruction.operands[1:]]
+        return machine.alu(machine.register(instruction.operands[0], kind), partial(function, *sources))
+
+    return bind
+
+
+def predicate(machine: Machine, operand: Operand) -> Array:
+    if operand.kind == "not":
+        raise EmulatorError("a negated predicate is not allowed here")
+    return machine.source(operand, "pred")
+
+
+COMPARE: dict[str, Any] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+                           "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}  # fmt: skip
+UNORDERED = {"equ": np.not_equal, "neu": np.equal, "ltu": np.greater_equal, "leu": np.greater, "gtu": np.less_equal, "geu": np.less}
+COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+
+
+def comparison(machine: Machine, instruction: Instruction, first: int) -> Callable[[Array], Any]:
+    """`compute(out)` into booleans for the operands from `first` on."""
+    kind, word = UNSIGNED.get(instruction.kind, instruction.kind), instruction.parts[1]
+    if kind == "bf16":
+        a, b = (bf16_source(machine, o) for o in instruction.operands[first : first + 2])
+        return lambda out: np.copyto(out, relation(word, True)(a(), b()))
+    a, b = (machine.source(o, kind) for o in instruction.operands[first : first + 2])
+    if word in COMPARE and not (word == "ne" and "f" in kind):
+        return partial(COMPARE[word], a, b)
+    return lambda out: np.copyto(out, relation(word, "f" in kind)(a, b))
+
+
+def bf16_source(machine: Machine, operand: Operand) -> Callable[[], Array]:
+    value = machine.wide(operand, "u16")
+    return lambda: bf16_to_f32(value)
+
+
+def relation(word: str, floating: bool) -> Callable[[Array, Array], Array]:
+    """Ordered comparisons are false on NaN, those with u are true."""
+    if word == "num":
+        return lambda a, b: ~(np.isnan(a) | np.isnan(b))
+    if word == "nan":
+        return lambda a, b: np.isnan(a) | np.isnan(b)
+    if word == "ne" and floating:
+        return lambda a, b: (a != b) & ~(np.isnan(a) | np.isnan(b))
+    if word in COMPARE:
+        return COMPARE[word]  # type: ignore[no-any-return]
+    if word == "equ":
+        return lambda a, b: (a == b) | np.isnan(a) | np.isnan(b)
+    return lambda a, b: ~UNORDERED[word](a, b) if word != "neu" else a != b
+
+
+def setp(machine: Machine, instruction: Instruction) -> Bound:
+    """setp.CMP[.BOOL].type p[|q], a, b[, c]."""
+    target = instruction.operands[0]
+    compute = comparison(machine, instruction, 1)
+    combine = next((COMBINE[part] for part in instruction.parts[2:] if part in COMBINE), None)
+    if target.kind == "reg" and combine is None:
+        return machine.alu(machine.register(target, "pred"), compute)
+    third = instruction.operands[3] if combine is not None else None
+    other = machine.source(third.items[0] if third.kind == "not" else third, "pred") if third else None
+    negated = third is not None and third.kind == "not"
+    targets = target.items if target.kind == "pair" else (target,)
+    wanted = [(machine.register(t, "pred"), at == 1) for at, t in enumerate(targets) if t.kind != "sink"]
+
+    def core(lanes: Array | None, *_: Array) -> list[Array]:
+        result = np.empty(machine.lanes, np.bool_)
+        compute(result)
+        values = []
+        for _, inverted in wanted:
+            value = ~result if inverted else result
+            if combine is not None:
+                value = combine(value, ~other if negated else other)  # type: ignore[operator]
+            values.append(value if lanes is None else value[lanes])
+        return values
+
+    return machine.gathered([], [register for register, _ in wanted], core)
+
+
+def set_value(machine: Machine, instruction: Instruction) -> Bound:
+    """set.CMP.dtype.stype d, a, b: all ones or 1.0 where true."""
+    result = instruction.types[0]
+    compute = comparison(machine, instruction, 1)
+    true = machine.scratch(np.bool_, 1)
+
+    def fill(out: Array) -> None:
+        compute(true)
+        np.copyto(out, np.where(true, out.dtype.type(1) if out.dtype.kind == "f" else ~out.dtype.type(0), out.dtype.type(0)))
+
+    return machine.alu(machine.register(instruction.operands[0], result), fill)
+
+
+def select(machine: Machine, instruction: Instruction) -> Bound:
+    """selp d, a, b, p."""
+    kind = UNSIGNED.get(instruction.kind, instruction.kind)
+    a, b = operands(machine, instruction, kind, 2)
+    chooser = machine.source(instruction.operands[3], "pred")
+    return machine.alu(machine.register(instruction.operands[0], kind), lambda out: np.copyto(out, np.where(chooser, a, b)))
+
+
+def select_sign(machine: Machine, instruction: Instruction) -> Bound:
+    """slct.dtype.ctype d, a, b, c: a where c >= 0."""
+    kind, sign = instruction.types[0], instruction.types[1]
+    a, b = operands(machine, instruction, kind, 2)
+    c = machine.source(instruction.operands[3], sign)
+    return machine.alu(machine.register(instruction.operands[0], kind), lambda out: np.copyto(out, np.where(c >= 0, a, b)))
+
+
+def unary(functions: dict[str, Any]) -> Callable[[Machine, Instruction], Bound]:
+    """A function by type, `default` otherwise, of one source."""
+
+    def bind(machine: Machine, instruction: Instruction) -> Bound:
+        kind = UNSIGNED.get(instruction.kind, instruction.kind)
+        function = functions.get(kind, functions["default"])
+        if is_half(kind):
+            return halves(machine, instruction, kind, 1, function)
+        source = machine.source(instruction.operands[1], kind)
+        destination = machine.register(instruction.operands[0], kind)
+        if isinstance(function, np.ufunc) and source.ndim:
+            return machine.alu(destination, partial(function, source))
+        return machine.alu(destination, lambda out: np.copyto(out, function(source), casting="unsafe"))
+
+    return bind
+
+
+def count_type(function: Callable[[Array], Array]) -> Callable[[Machine, Instruction], Bound]:
+    """popc, clz, bfind, brev: a source of the type, a result of 32 bits (brev: of the type)."""
+
+    def bind(machine: Machine, instruction: Instruction) -> Bound:
+        kind = UNSIGNED.get(instruction.kind, instruction.kind)
+        source = machine.source(instruction.operands[1], kind)
+        destination = machine.register(instruction.operands[0], kind if instruction.parts[0] == "brev" else "u32")
+        amount = "shiftamt" in instruction.parts
+        last = np.uint32(8 * np.dtype(DTYPE[kind]).itemsize - 1)
+
+        def compute(out: Array) -> None:
+            value = function(source).astype(out.dtype)
+            np.copyto(out, np.where(value == np.uint32(0xFFFFFFFF), value, last - value) if amount else value)
+
+        return machine.alu(destination, compute)
+
+    return bind
+
+
+def leading_zeros(value: Array) -> Array:
+    """Of unsigned integers."""
+    bits = 8 * value.dtype.itemsize
+    spread = value.copy()
+    step = 1
+    while step < bits:
+        spread |= spread >> value.dtype.type(step)
+        step *= 2
+    return np.bitwise_count(~spread).astype(np.uint32)
+
+
+def find_bit(value: Array) -> Array:
+    """The place of the highest bit that is not the sign, 0xffffffff where there is none."""
+    if value.dtype.kind == "i":
+        value = np.where(value < 0, ~value, value).view(np.dtype(f"u{value.dtype.itemsize}"))
+    return np.uint32(8 * value.dtype.itemsize - 1) - leading_zeros(value)
+
+
+def reverse_bits(value: Array) -> Array:
+    bits = 8 * value.dtype.itemsize
+    result = np.zeros_like(value)
+    for at in range(bits):
+        result |= ((value >> value.dtype.type(at)) & value.dtype.type(1)) << value.dtype.type(bits - 1 - at)
+    return result
+
+
+def bit_extract(machine: Machine, instruction: Instruction) -> Bound:
+    """bfe d, a, position, length; the sign of the field is extended for s32 and s64."""
+    kind = instruction.kind
+    unsigned = kind.replace("s", "u")
+    a, signed = machine.source(instruction.operands[1], unsigned), kind.startswith("s")
+    position, length = (machine.source(o, "u32") for o in instruction.operands[2:4])
+    bits = 8 * np.dtype(DTYPE[kind]).itemsize
+    word = np.dtype(DTYPE[unsigned]).type
+
+    def compute(out: Array) -> None:
+        start, count = (position & np.uint32(255)).astype(word), np.minimum(length & np.uint32(255), np.uint32(bits)).astype(word)
+        field = (a >> start) & ((word(1) << count) - word(1))
+        if signed:
+            last = np.minimum(start + count - word(1), word(bits - 1))
+            negative = ((a >> last) & word(1) == 1) & (count > 0)
+            width = np.minimum(count, np.maximum(word(bits) - np.minimum(start, word(bits)), word(0)))
+            field = np.where(negative, field | ~((word(1) << width) - word(1)), field)
+        np.copyto(out, field)
+
+    return machine.alu(machine.register(instruction.operands[0], unsigned), compute)
+
+
+def bit_insert(machine: Machine, instruction: Instruction) -> Bound:
+    """bfi f, a, b, position, length: the low bits of a into b."""
+    kind = UNSIGNED[instruction.kind]
+    a, b = operands(machine, instruction, kind, 2)
+    position, length = (machine.source(o, "u32") for o in instruction.operands[3:5])
+    word = np.dtype(DTYPE[kind]).type
+
+    def compute(out: Array) -> None:
+        start, count = (position & np.uint32(255)).astype(word), (length & np.uint32(255)).astype(word)
+        mask = ((word(1) << count) - word(1)) << start
+        np.copyto(out, (b & ~mask) | ((a << start) & mask))
+
+    return machine.alu(machine.register(instruction.operands[0], kind), compute)
+
+
+def bit_mask(machine: Machine, instruction: Instruction) -> Bound:
+    """bmsk.clamp d, position, length."""
+    position, length = (machine.source(o, "u32") for o in instruction.operands[1:3])
+    return machine.alu(
+        machine.register(instruction.operands[0], "u32"), lambda out: np.copyto(out, ((np.uint32(1) << length) - np.uint32(1)) << position)
+    )
+
+
+LOP3: dict[int, Callable[[Array, Array, Array], Array]] = {
+    0x96: lambda a, b, c: a ^ b ^ c, 0x80: lambda a, b, c: a & b & c, 0xFE: lambda a, b, c: a | b | c, 0xEA: lambda a, b, c: (a & b) | c,
+    0xF8: lambda a, b, c: a | (b & c), 0xCA: lambda a, b, c: (a & b) | (~a & c), 0xE8: lambda a, b, c: (a & b) | (c & (a | b)),
+    0x78: lambda a, b, c: a ^ (b & c), 0x6A: lambda a, b, c: (a & b) ^ c, 0xC0: lambda a, b, c: a & b, 0xFC: lambda a, b, c: a | b,
+    0x3C: lambda a, b, c: a ^ b, 0xA8: lambda a, b, c: (a | b) & c, 0xE0: lambda a, b, c: a & (b | c),
+}  # fmt: skip
+
+
+def lop3(machine: Machine, instruction: Instruction) -> Bound:
+    """Any function of three bits by its table: bit 4a + 2b + c of the constant."""
+    a, b, c = operands(machine, instruction, "u32", 3)
+    table = instruction.operands[4].value
+    function = LOP3.get(table)
+    if function is None:
+
+        def function(x: Array, y: Array, z: Array) -> Array:
+            result = np.uint32(0)
+            for at in range(8):
+                if table >> at & 1:
+                    result = result | ((x if at & 4 else ~x) & (y if at & 2 else ~y) & (z if at & 1 else ~z))
+            return result  # type: ignore[return-value]
+
+    return machine.alu(machine.register(instruction.operands[0], "u32"), lambda out: np.copyto(out, function(a, b, c)))
+
+
+def dot_bytes(machine: Machine, instruction: Instruction) -> Bound:
+    """dp4a.atype.btype d, a, b, c."""
+    left, right = instruction.types
+    a, b = (machine.wide(o, "u32") for o in instruction.operands[1:3])
+    c = machine.source(instruction.operands[3], left if left == right else "s32")
+    kinds = [np.int8 if kind.startswith("s") else np.uint8 for kind in (left, right)]
+
+    def compute(out: Array) -> None:
+        product = a.view(kinds[0]).reshape(-1, 4).astype(np.int64) * b.view(kinds[1]).reshape(-1, 4)
+        np.copyto(out, (product.sum(axis=1) + c).astype(np.uint32), casting="unsafe")
+
+    return machine.alu(machine.register(instruction.operands[0], "u32"), compute)
+
+
+def multiply_24(machine: Machine, instruction: Instruction) -> Bound:
+    """mul24.lo, mad24.lo: 24-bit operands."""
+    kind = instruction.kind
+    a, b = operands(machine, instruction, kind, 2)
+    c = machine.source(instruction.operands[3], kind) if instruction.parts[0] == "mad24" else np.zeros((), DTYPE[kind])
+    eight = DTYPE[kind](8)
+    return machine.alu(
+        machine.register(instruction.operands[0], kind), lambda out: np.copyto(out, ((a << eight) >> eight) * ((b << eight) >> eight) + c)
+    )
+
+
+def absolute_difference(machine: Machine, instruction: Instruction) -> Bound:
+    """sad d, a, b, c = c + |a - b|."""
+    a, b, c = operands(machine, instruction, instruction.kind, 3)
+    return machine.alu(
+        machine.register(instruction.operands[0], instruction.kind), lambda out: np.copyto(out, c + np.where(a < b, b - a, a - b))
+    )
+
+
+def test_property(machine: Machine, instruction: Instruction) -> Bound:
+    """testp.property.type p, a."""
+    a, word = machine.source(instruction.operands[1], instruction.kind), instruction.parts[1]
+    tiny = np.finfo(DTYPE[instruction.kind]).tiny
+    tests: dict[str, Callable[[], Array]] = {
+        "finite": lambda: np.isfinite(a), "infinite": lambda: np.isinf(a), "number": lambda: ~np.isnan(a), "notanumber": lambda: np.isnan(a),
+        "normal": lambda: np.isfinite(a) & (np.abs(a) >= tiny), "subnormal": lambda: (np.abs(a) < tiny) & (a != 0),
+    }  # fmt: skip
+    return machine.alu(machine.register(instruction.operands[0], "pred"), lambda out: np.copyto(out, tests[word]()))
+
+
+def copy_sign(machine: Machine, instruction: Instruction) -> Bound:
+    """copysign d, a, b: the sign of a, the magnitude of b."""
+    a, b = operands(machine, instruction, instruction.kind, 2)
+    return machine.alu(machine.register(instruction.operands[0], instruction.kind), partial(np.copysign, b, a))
+
+
+OPS: dict[str, Callable[[Machine, Instruction], Bound]] = {
+    "add": ufunc(np.add, 2), "sub": ufunc(np.subtract, 2), "mul": multiply, "mad": multiply_add, "fma": fma, "div": divide, "rem": remainder,
+    "min": minimum, "max": maximum, "shl": shift, "shr": shift, "shf": funnel, "and": logic(np.bitwise_and), "or": logic(np.bitwise_or),
+    "xor": logic(np.bitwise_xor), "not": logic(np.invert), "setp": setp, "set": set_value, "selp": select, "slct": select_sign,
+    "abs": unary({"default": np.abs}), "neg": unary({"default": np.negative}), "sqrt": unary({"default": np.sqrt}),
+    "rcp": unary({"default": lambda x: 1 / x}), "rsqrt": unary({"default": lambda x: 1 / np.sqrt(x)}), "ex2": unary({"default": np.exp2}),
+    "lg2": unary({"default": np.log2}), "sin": unary({"default": np.sin}), "cos": unary({"default": np.cos}), "tanh": unary({"default": np.tanh}),
+    "cnot": unary({"default": lambda x: x == 0}), "popc": count_type(np.bitwise_count), "clz": count_type(leading_zeros),
+    "bfind": count_type(find_bit), "brev": count_type(reverse_bits), "bfe": bit_extract, "bfi": bit_insert, "bmsk": bit_mask, "lop3": lop3,
+    "dp4a": dot_bytes, "mul24": multiply_24, "mad24": multiply_24, "sad": absolute_difference, "testp": test_property, "copysign": copy_sign,
+}  # fmt: skip

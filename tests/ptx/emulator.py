@@ -1,0 +1,191 @@
+"""`Emulator`: runs the kernels of a PTX text on host arrays, with the checks that hardware does not make.
+
+Thread blocks run in batches of about `batch_lanes` threads, in order of their index; a batch runs to its end before the
+next begins. So "the last thread block reduces" works, and a wait for a flag works when the thread block that sets it is
+in the same or an earlier batch (`cooperative=True` puts the whole grid into one).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from tests.ptx.errors import EmulatorError
+from tests.ptx.loadstore import copies_of
+from tests.ptx.machine import DTYPE, Machine, size_of
+from tests.ptx.memory import Memory, Region, Window
+from tests.ptx.parser import Instruction, Kernel, Module, parse
+from tests.ptx.program import Program
+
+__all__ = ["Emulator", "EmulatorError", "Memory"]
+SHARED_LIMIT = 227 * 1024  # of one thread block on sm_90
+PROGRAMS = 4  # bound kernels that one emulator keeps
+_parsed: dict[str, Module] = {}
+
+
+def parsed(text: str) -> Module:
+    """The module of a text, parsed once."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if digest not in _parsed:
+        _parsed[digest] = parse(text)
+    return _parsed[digest]
+
+
+class Options:
+    """What instructions ask of the launch they run in."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.conflict_samples = 4
+        self.global_races = False
+        self.global_shadow: Any = None
+        self.conflicts: dict[int, tuple[str, list[float]]] = {}
+
+    def conflict(self, instruction: Instruction, ways: float) -> None:
+        """Note the bank conflicts of one execution."""
+        self.conflicts.setdefault(instruction.line, (instruction.text, []))[1].append(ways)
+
+
+class Emulator:
+    """The kernels of one PTX text.
+
+    `stats` after a launch: warp_instructions, thread_instructions, barriers, atomics, global_bytes_read,
+    global_bytes_written, and bank_conflicts: PTX line -> (instruction, ways), where 1.0 is free of conflicts.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.module = parsed(text)
+        self.kernels = list(self.module.kernels)
+        self.stats: dict[str, Any] = {}
+        self._programs: OrderedDict[Any, Program] = OrderedDict()
+        self._memory = Memory()
+        self._variables: list[np.ndarray] = []
+        self._symbols = self._place_variables()
+
+    def _place_variables(self) -> dict[str, int]:
+        """Arrays for .global and .const variables."""
+        symbols = {}
+        everything = [*self.module.variables.values(), *(v for k in self.module.kernels.values() for v in k.variables.values())]
+        for variable in everything:
+            if variable.space in ("global", "const"):
+                whole = np.zeros(variable.nbytes + 256, np.uint8)
+                start = -whole.ctypes.data % 256
+                array = whole[start : start + variable.nbytes]
+                array[: len(variable.data)] = np.frombuffer(variable.data, np.uint8)
+                self._variables.append(whole)
+                self._memory.insert(Region(array.ctypes.data, variable.nbytes, variable.name, variable.space == "global", whole))
+                symbols[variable.name] = array.ctypes.data
+        return symbols
+
+    def kernel(self, name: str | None) -> Kernel:
+        """The kernel of that name, or whose name contains it, or the only one."""
+        found = [k for k in self.kernels if name is None or k == name] or [k for k in self.kernels if name is not None and name in k]
+        if len(found) != 1:
+            raise EmulatorError(f"{len(found)} kernels are called {name}: {', '.join(self.kernels)}")
+        return self.module.kernels[found[0]]
+
+    def launch(
+        self,
+        name: str | None,
+        grid: Sequence[int] | int,
+        block: Sequence[int] | int,
+        args: Sequence[Any],
+        memory: Memory,
+        shared_bytes: int = 0,
+        *,
+        races: bool = True,
+        poison: bool = True,
+        cooperative: bool = False,
+        batch_lanes: int = 8192,
+        step_limit: int = 2_000_000,
+        conflict_samples: int = 4,
+    ) -> dict[str, Any]:
+        """Run one grid; returns the stats. `races` and `poison` are the checks of shared memory."""
+        kernel = self.kernel(name)
+        whole_grid, whole_block = three(grid), three(block)
+        threads, total = whole_block[0] * whole_block[1] * whole_block[2], whole_grid[0] * whole_grid[1] * whole_grid[2]
+        if not 1 <= threads <= 1024 or total < 1:
+            raise EmulatorError(f"a grid of {whole_grid} thread blocks of {whole_block} threads cannot be launched")
+        lanes = -(-threads // 32) * 32
+        blocks = total if cooperative else max(1, min(total, batch_lanes // lanes))
+        program = self._program(kernel, blocks, threads, shared_bytes)
+        machine = program.machine
+        if machine.shared.nbytes > SHARED_LIMIT:
+            raise EmulatorError(f"{machine.shared.nbytes} bytes of shared memory; a thread block has at most {SHARED_LIMIT}")
+        machine.options.conflict_samples = conflict_samples
+        machine.options.conflicts.clear()
+        machine.window = Window(memory, self._memory)
+        self._set_params(machine, args)
+        machine.stats.update(
+            dict.fromkeys(
+                ("warp_instructions", "thread_instructions", "barriers", "atomics", "global_bytes_read", "global_bytes_written"), 0
+            )
+        )
+        for first in range(0, total, blocks):
+            exists = machine.place(whole_grid, whole_block, first)
+            machine.shared.reset(races, poison)
+            copies_of(machine).reset()
+            program.run(exists, step_limit)
+        conflicts = {line: (text, float(np.mean(ways))) for line, (text, ways) in sorted(machine.options.conflicts.items())}
+        self.stats = {**machine.stats, "bank_conflicts": conflicts}
+        return self.stats
+
+    def _program(self, kernel: Kernel, blocks: int, threads: int, shared_bytes: int) -> Program:
+        key = (kernel.name, blocks, threads, shared_bytes)
+        if key not in self._programs:
+            machine = Machine(kernel, self._symbols, blocks, threads, shared_bytes, Options(self.module))
+            self._programs[key] = Program(machine)
+            while len(self._programs) > PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
+        return self._programs[key]
+
+    def _set_params(self, machine: Machine, args: Sequence[Any]) -> None:
+        """Convert the arguments by the types of the parameters."""
+        params = machine.kernel.params
+        if len(args) != len(params):
+            raise EmulatorError(f"{machine.kernel.name[:120]} takes {len(params)} arguments, not {len(args)}")
+        for (name, kind, offset), value in zip(params, args, strict=True):
+            place = machine.param_bytes[offset : offset + size_of(kind)]
+            if kind.startswith("bytes"):
+                if len(value) != len(place):
+                    raise EmulatorError(f"{name[-40:]}: {len(place)} bytes are wanted, not {len(value)}")
+                place[...] = np.frombuffer(value, np.uint8)
+                continue
+            place[...] = np.array([as_number(value, kind)], DTYPE[kind]).view(np.uint8)
+
+
+def as_number(value: Any, kind: str) -> Any:
+    """A Python or numpy scalar, or the address of an array, that fits the type."""
+    if hasattr(value, "data_ptr"):
+        return value.data_ptr()
+    if isinstance(value, np.ndarray) and value.ndim:
+        return value.ctypes.data
+    if "f" in kind:
+        return float(value)
+    number = int(value)
+    bits = 8 * np.dtype(DTYPE[kind]).itemsize
+    if not -(1 << bits - 1) <= number < 1 << bits:
+        raise EmulatorError(f"the argument {number} does not fit a .{kind}")
+    number %= 1 << bits
+    return number - (1 << bits) if kind.startswith("s") and number >> bits - 1 else number
+
+
+def three(extent: Sequence[int] | int) -> tuple[int, int, int]:
+    """1, 2 or 3 extents as three."""
+    given = (extent,) if isinstance(extent, int | np.integer) else tuple(extent)
+    if not 1 <= len(given) <= 3 or min(given) < 1:
+        raise EmulatorError(f"{extent} is no grid or block: one to three positive numbers")
+    x, y, z = (*(int(e) for e in given), 1, 1)[:3]
+    return x, y, z
+
+
+@lru_cache(maxsize=64)
+def emulator(text: str) -> Emulator:
+    """The emulator of a text, kept with its bound kernels."""
+    return Emulator(text)

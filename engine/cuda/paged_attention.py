@@ -1,0 +1,482 @@
+"""Attention of one query token a row over the paged pool: `attend` over `gather_kv` of `engine/reference.py`, decode rows.
+
+Layout (16 bits an element unless said)
+
+    q, out [R, heads, head_dim] with a stride between rows          pool of a layer [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim]
+    tables int32 [slots + 1, blocks_per_slot]                       shares, rows int32: `engine/cuda/attention_schedule.py`
+    partials float32 [shares, head sets, sections, record]          record: numerators [heads of a set, head_dim], then
+    counters uint32 [shares, head sets], 0 between launches             (maximum, denominator) of each head
+
+A head set is up to 16 query heads that share a KV head: the columns of the tensor-core products.
+
+    S^T [16 positions, 8 heads] += K [16, 16 dims] x q^T [16 dims, 8 heads]       A: ldmatrix, B: registers
+    O^T [16 dims, 8 heads]      += V^T [16 dims, 16 positions] x P^T              A: ldmatrix.trans, B: movmatrix of S^T
+
+Work split: one thread block = one share of the schedule x one head set, grid = shares * head sets, the same in every step. Warp
+w takes tile w of each strip of `warps` tiles of 16 positions, through its own ring of stages filled by cp.async: warps wait
+for each other only where a section ends.
+
+       row 0                     row 1                                     strip  = warps tiles, one a warp
+    |  section | section |  section | section | section |                 section = strips; its value: the warps' sums, joined
+    '--------- share 0 ---------''------ share 1 -------'                  row     = its sections, folded in order
+
+A row within one share is folded in registers. The sections of a row that shares divide go to `partials`, and whoever counts
+the last of them folds them all, in the same order with the same arithmetic: so a row's bits depend on its own context only,
+never on the batch. Counters go back to 0 for the next launch.
+
+Versions tried: none was measured yet. Estimate at 64 x 1,024 (8 KV heads, 128): 16 mma, 16 ldmatrix and about 200 other
+instructions for 8 KB, which is an eighth of what a multiprocessor can issue while it reads them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from engine.cuda import ptx
+from engine.cuda.attention_schedule import ROW_INTS, SHARE_INTS
+from engine.cuda.attention_tiles import TILE, pitch, sixteen_bits, tile_bytes
+from engine.cuda.launch import Kernel, Library, Variant
+from engine.cuda.target import cuda, pointer, types
+from engine.cuda.tuning_attention import DecodeShape, decode_shape
+
+i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
+INTS, WORDS, FLOATS, HALVES = pointer(i32), pointer(u32), pointer(f32), pointer(types.uint16)
+NOTHING = -1.0e30  # a maximum of no scores: finite, so that no difference of two is NaN
+LOG2_E = math.log2(math.e)
+MOST_SECTIONS = 32  # of a row: with 8 KV heads, 256 thread blocks can share one sequence
+FEW_SETS = 4  # head sets: with these or fewer, twice as many sections
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+BATCH = 8  # sections whose partials are in flight at a time
+
+
+def heads_of_set(group: int, head_dim: int) -> int:
+    """Query heads that one thread block takes, of `group` that share a KV head; their accumulators must fit in registers."""
+    most = 16 if head_dim <= 128 else 8
+    sets = -(-group // most)
+    return -(-group // sets)
+
+
+def record_floats(set_heads: int, head_dim: int) -> int:
+    return set_heads * head_dim + -(-2 * set_heads // 4) * 4
+
+
+def paged_decode(
+    kv_heads: int, group: int, head_dim: int, block_seq_len: int, dtype: str, sections: int, warps: int, stages: int, blocks: int
+) -> Kernel:
+    """(q, elements between rows, pool of a layer, tables, entries of a slot, shares, rows, partials, counters, out)."""
+    set_heads = heads_of_set(group, head_dim)
+    sets_of_kv = -(-group // set_heads)
+    sets = kv_heads * sets_of_kv
+    columns = -(-set_heads // 8)  # tiles of 8 heads
+    steps = head_dim // 16  # tiles of 16 dims
+    row_pitch, value_at, slot_bytes = pitch(head_dim), TILE * pitch(head_dim), tile_bytes(head_dim)
+    threads = 32 * warps
+    strip = warps * TILE
+    ring_bytes = stages * slot_bytes
+    flag_at = warps * ring_bytes  # one word after the rings
+    # what a warp leaves in the slot it read last: numerators [set_heads, head_dim + 4 floats], then maxima and denominators
+    left_pitch = 4 * (head_dim + 4)
+    pairs_at = 16 * left_pitch if columns == 2 else 8 * left_pitch
+    pieces = -(-set_heads * head_dim // 4 // threads)  # of 4 numerators that a thread folds
+    all_pieces = set_heads * head_dim // 4
+    record, record_pairs = record_floats(set_heads, head_dim), set_heads * head_dim
+    scale = f32(head_dim**-0.5 * LOG2_E)
+    nothing, zero, one = f32(NOTHING), f32(0.0), f32(1.0)
+    mma, pack, wait = ptx.MMA[dtype], ptx.PACK[dtype], ptx.COPY_WAIT[stages - 1]
+    copy_tile = sixteen_bits(kv_heads, head_dim, block_seq_len)
+    query_words, fragments, totals = columns * steps * 2, columns * steps * 4, pieces * 4
+    score_words = columns * 4
+    column_words = columns * 2
+    batch = BATCH
+    batch_totals, batch_pairs = batch * 4, batch * 2
+    lane_steps = (4, 8, 16)
+    out_stride = kv_heads * group * head_dim
+    set_stride = sections * record
+    if pairs_at + 16 * 8 > slot_bytes:
+        raise ValueError(f"head_dim {head_dim}: a slot of {slot_bytes} bytes does not hold a warp's sums")
+
+    @cuda.jit(device=True, inline="always")
+    def fold(total, top, under, at, values, other_top, other_under, of):  # type: ignore[no-untyped-def]
+        """One section more: (new maximum, new denominator); numerators total[at:at+4] change. Every operation is explicit:
+        both callers must round alike."""
+        new_top = ptx.maximum(top, other_top)
+        keep, add = ptx.exp2(top - new_top), ptx.exp2(other_top - new_top)
+        for j in range(4):
+            total[at + j] = ptx.fma(total[at + j], keep, values[of + j] * add)
+        return new_top, ptx.fma(under, keep, other_under * add)
+
+    @cuda.jit(device=True, inline="always")
+    def c_row_whole(end, length, row_sections):  # type: ignore[no-untyped-def]
+        """Whether strips up to `end` reach into the row's last section: that section ends the row."""
+        return end > i32(length * i32(row_sections - i32(1)))
+
+    def kernel(q, q_stride, kv, tables, table_stride, shares, rows, partials, counters, out):  # type: ignore[no-untyped-def]
+        shared = ptx.to_shared(ptx.generic_address(cuda.shared.array(0, u32)))
+        query = cuda.local.array(query_words, u32)
+        sums = cuda.local.array(fragments, f32)
+        scores = cuda.local.array(score_words, f32)
+        top = cuda.local.array(column_words, f32)
+        under = cuda.local.array(column_words, f32)
+        keep = cuda.local.array(column_words, f32)
+        weights = cuda.local.array(column_words, u32)
+        total = cuda.local.array(totals, f32)
+        total_top = cuda.local.array(pieces, f32)
+        total_under = cuda.local.array(pieces, f32)
+        part = cuda.local.array(4, f32)
+        batch_values = cuda.local.array(batch_totals, f32)
+        batch_sums = cuda.local.array(batch_pairs, f32)
+
+        thread = u32(cuda.threadIdx.x)
+        lane, warp = u32(thread & u32(31)), u32(thread >> u32(5))
+        lane_row, lane_pair = u32(lane >> u32(2)), u32(lane & u32(3))
+        block = u32(cuda.blockIdx.x)
+        share = u32(block // u32(sets))
+        head_set = u32(block - share * u32(sets))
+        kv_head = u32(head_set // u32(sets_of_kv))
+        first_head = u32(u32(head_set - kv_head * u32(sets_of_kv)) * u32(set_heads))
+        some_heads = u32(min(u32(set_heads), u32(u32(group) - first_head)))
+        first_head = u32(first_head + kv_head * u32(group))
+        kv_address, tables_address, rows_address = ptx.address(kv), ptx.address(tables), ptx.address(rows)
+        ring = u32(shared + warp * u32(ring_bytes))
+        # where this lane's ldmatrix addresses point in a tile: K row (lane & 7) + 8 (lane bit 3), V row (lane & 7) + 8 (bit 4)
+        lane_8, lane_bit_3, lane_bit_4 = u32(lane & u32(7)), u32(u32(lane >> u32(3)) & u32(1)), u32(lane >> u32(4))
+        key_at = u32(u32(lane_8 + lane_bit_3 * u32(8)) * u32(row_pitch) + lane_bit_4 * u32(16))
+        data_at = u32(u32(lane_8 + lane_bit_4 * u32(8)) * u32(row_pitch) + lane_bit_3 * u32(16) + u32(value_at))
+
+        s0, s1, s2, s3 = ptx.load_128(u64(ptx.address(shares) + u64(share) * u64(4 * SHARE_INTS)))
+        first_row, first_section, last_row, last_stop = i32(s0), i32(s1), i32(s2), i32(s3)
+        if last_row < first_row:
+            return
+
+        # p_: what is copied next, c_: what is computed next
+        p_row, p_strip, p_end = i32(first_row - i32(1)), i32(0), i32(0)
+        p_base, p_low, p_stop = i32(0), i32(0), i32(1)
+        p_table = tables_address
+        p_slot = ring
+        c_row, c_strip, c_end, c_left = i32(first_row - i32(1)), i32(0), i32(0), i32(0)
+        c_base, c_low, c_stop = i32(0), i32(0), i32(1)
+        c_length, c_sections, c_share, c_section, c_first = i32(1), i32(1), u32(0), i32(0), i32(0)
+        c_slot = ring
+        ring_end = u32(ring + u32(ring_bytes))
+        waiting = i32(stages - 1)
+
+        while c_strip < c_end or c_row < last_row:
+            if p_strip == p_end and p_row < last_row:
+                p_row = i32(p_row + i32(1))
+                at = u64(rows_address + u64(u32(p_row)) * u64(4 * ROW_INTS))
+                r0, r1, r2, r3 = ptx.load_128(at)
+                r4, r5, r6, r7 = ptx.load_128(u64(at + u64(16)))
+                p_table = u64(tables_address + u64(u32(r0)) * u64(u32(table_stride)) * u64(4))
+                p_base, p_low, p_stop = i32(r1), i32(r2), i32(r3)
+                p_strip, p_end = i32(0), i32(r7)
+                if p_row == first_row:
+                    p_strip = i32(first_section * i32(r4))
+                if p_row == last_row:
+                    p_end = i32(min(i32(last_stop * i32(r4)), p_end))
+            if p_strip < p_end:
+                position = i32(p_base + i32(u32(u32(p_strip) * u32(warps) + warp) * u32(TILE)))
+                copy_tile(kv_address, p_table, kv_head, position, p_low, p_stop, p_slot, lane)
+                p_strip = i32(p_strip + i32(1))
+                p_slot = u32(p_slot + u32(slot_bytes))
+                if p_slot == ring_end:
+                    p_slot = ring
+            ptx.copy_commit()
+            if waiting > i32(0):
+                waiting = i32(waiting - i32(1))
+                continue
+
+            if c_strip == c_end:
+                c_row = i32(c_row + i32(1))
+                at = u64(rows_address + u64(u32(c_row)) * u64(4 * ROW_INTS))
+                r0, r1, r2, r3 = ptx.load_128(at)
+                r4, r5, r6, r7 = ptx.load_128(u64(at + u64(16)))
+                c_base, c_low, c_stop, c_length = i32(r1), i32(r2), i32(r3), i32(r4)
+                c_sections, c_share = i32(r5), r6
+                c_strip, c_end, c_section = i32(0), i32(r7), i32(0)
+                if c_row == first_row:
+                    c_strip, c_section = i32(first_section * c_length), first_section
+                if c_row == last_row:
+                    c_end = i32(min(i32(last_stop * c_length), c_end))
+                c_first = c_section
+                c_left = i32(min(c_length, i32(c_end - c_strip)))
+                for n in range(columns):
+                    head = u32(lane_row + u32(8 * n))
+                    inside = head < some_heads
+                    head = u32(first_head + head) if inside else first_head
+                    source = u64(
+                        ptx.address(q)
+                        + u64(u32(c_row)) * u64(u32(q_stride)) * u64(2)
+                        + u64(u32(head * u32(2 * head_dim) + lane_pair * u32(4)))
+                    )
+                    for k in range(steps):
+                        a, b = ptx.load_32(u64(source + u64(32 * k))), ptx.load_32(u64(source + u64(32 * k + 16)))
+                        query[(n * steps + k) * 2] = a if inside else u32(0)
+                        query[(n * steps + k) * 2 + 1] = b if inside else u32(0)
+                for i in range(pieces):
+                    total_top[i], total_under[i] = nothing, zero
+                for i in range(totals):
+                    total[i] = zero
+                for i in range(column_words):
+                    top[i], under[i] = nothing, zero
+                for i in range(fragments):
+                    sums[i] = zero
+
+            wait()
+            ptx.warp_barrier()
+            # scores of 16 positions
+            for i in range(score_words):
+                scores[i] = zero
+            for k in range(steps):
+                a0, a1, a2, a3 = ptx.load_matrix_4(u32(c_slot + key_at + u32(32 * k)))
+                for n in range(columns):
+                    b0, b1 = query[(n * steps + k) * 2], query[(n * steps + k) * 2 + 1]
+                    scores[4 * n], scores[4 * n + 1], scores[4 * n + 2], scores[4 * n + 3] = mma(
+                        a0, a1, a2, a3, b0, b1, scores[4 * n], scores[4 * n + 1], scores[4 * n + 2], scores[4 * n + 3]
+                    )
+            position = i32(c_base + i32(u32(u32(c_strip) * u32(warps) + warp) * u32(TILE) + lane_row))
+            near = c_low <= position and position < c_stop
+            far = c_low <= i32(position + i32(8)) and i32(position + i32(8)) < c_stop
+            for n in range(columns):
+                for j in range(2):
+                    above = scores[4 * n + j] * scale if near else nothing
+                    below = scores[4 * n + j + 2] * scale if far else nothing
+                    most = ptx.maximum(above, below)
+                    for distance in lane_steps:
+                        most = ptx.maximum(most, ptx.shuffle_xor_f32(most, u32(distance)))
+                    most = ptx.maximum(most, top[2 * n + j])
+                    kept = ptx.exp2(top[2 * n + j] - most)
+                    above, below = ptx.exp2(above - most), ptx.exp2(below - most)
+                    top[2 * n + j], keep[2 * n + j] = most, kept
+                    under[2 * n + j] = ptx.fma(under[2 * n + j], kept, above + below)
+                    scores[4 * n + j], scores[4 * n + j + 2] = above, below
+                weights[2 * n] = ptx.move_matrix_transposed(pack(scores[4 * n], scores[4 * n + 1]))
+                weights[2 * n + 1] = ptx.move_matrix_transposed(pack(scores[4 * n + 2], scores[4 * n + 3]))
+            for k in range(steps):
+                a0, a1, a2, a3 = ptx.load_matrix_4_transposed(u32(c_slot + data_at + u32(32 * k)))
+                for n in range(columns):
+                    at_sum = (n * steps + k) * 4
+                    sums[at_sum], sums[at_sum + 1], sums[at_sum + 2], sums[at_sum + 3] = mma(
+                        a0, a1, a2, a3, weights[2 * n], weights[2 * n + 1],
+                        sums[at_sum] * keep[2 * n], sums[at_sum + 1] * keep[2 * n + 1],
+                        sums[at_sum + 2] * keep[2 * n], sums[at_sum + 3] * keep[2 * n + 1],
+                    )  # fmt: skip
+            ptx.warp_barrier()
+            c_strip = i32(c_strip + i32(1))
+            c_left = i32(c_left - i32(1))
+
+            if c_left == i32(0):
+                # the section is over: each warp leaves its sums in the slot it has just read
+                for n in range(columns):
+                    for j in range(2):
+                        sum_under = under[2 * n + j]
+                        for distance in lane_steps:
+                            sum_under = sum_under + ptx.shuffle_xor_f32(sum_under, u32(distance))
+                        head = u32(lane_pair * u32(2) + u32(8 * n + j))
+                        if head < u32(set_heads):
+                            to = u32(c_slot + head * u32(left_pitch) + lane_row * u32(4))
+                            for k in range(steps):
+                                ptx.store_shared_f32(u32(to + u32(64 * k)), sums[(n * steps + k) * 4 + j])
+                                ptx.store_shared_f32(u32(to + u32(64 * k + 32)), sums[(n * steps + k) * 4 + j + 2])
+                            if lane_row == u32(0):
+                                to = u32(c_slot + u32(pairs_at) + head * u32(8))
+                                ptx.store_shared_64(to, ptx.bits_of_float(top[2 * n + j]), ptx.bits_of_float(sum_under))
+                for i in range(column_words):
+                    top[i], under[i] = nothing, zero
+                for i in range(fragments):
+                    sums[i] = zero
+                cuda.syncthreads()
+                left = u32(c_slot - warp * u32(ring_bytes))
+                whole = c_first == i32(0) and c_row_whole(c_end, c_length, c_sections)
+                for i in range(pieces):
+                    piece = u32(thread + u32(threads * i))
+                    if piece < u32(all_pieces):
+                        head = u32(piece // u32(head_dim // 4))
+                        pair = u32(left + u32(pairs_at) + head * u32(8))
+                        most = nothing
+                        for w in range(warps):
+                            most = ptx.maximum(most, ptx.load_shared_f32(u32(pair + u32(ring_bytes * w))))
+                        part_under = zero
+                        for j in range(4):
+                            part[j] = zero
+                        source = u32(left + head * u32(left_pitch) + u32(piece - head * u32(head_dim // 4)) * u32(16))
+                        for w in range(warps):
+                            b0, b1 = ptx.load_shared_64(u32(pair + u32(ring_bytes * w)))
+                            weight = ptx.exp2(ptx.float_of_bits(b0) - most)
+                            part_under = ptx.fma(ptx.float_of_bits(b1), weight, part_under)
+                            a0, a1, a2, a3 = ptx.load_shared_128(u32(source + u32(ring_bytes * w)))
+                            part[0] = ptx.fma(ptx.float_of_bits(a0), weight, part[0])
+                            part[1] = ptx.fma(ptx.float_of_bits(a1), weight, part[1])
+                            part[2] = ptx.fma(ptx.float_of_bits(a2), weight, part[2])
+                            part[3] = ptx.fma(ptx.float_of_bits(a3), weight, part[3])
+                        if whole:
+                            total_top[i], total_under[i] = fold(total, total_top[i], total_under[i], 4 * i, part, most, part_under, 0)
+                        else:
+                            record_at = u32(u32(c_share * u32(sets) + head_set) * u32(sections) + u32(c_section))
+                            to = u64(ptx.address(partials) + u64(record_at) * u64(4 * record))
+                            ptx.store_128(
+                                u64(to + u64(piece) * u64(16)),
+                                ptx.bits_of_float(part[0]), ptx.bits_of_float(part[1]),
+                                ptx.bits_of_float(part[2]), ptx.bits_of_float(part[3]),
+                            )  # fmt: skip
+                            if u32(piece - head * u32(head_dim // 4)) == u32(0):
+                                to = u64(to + u64(4 * record_pairs) + u64(head) * u64(8))
+                                ptx.store_64(to, ptx.bits_of_float(most), ptx.bits_of_float(part_under))
+                c_section = i32(c_section + i32(1))
+                c_left = i32(min(c_length, i32(c_end - c_strip)))
+                cuda.syncthreads()
+
+                if c_strip == c_end:
+                    # this share's part of the row is over
+                    ready = whole
+                    if not whole:
+                        ptx.fence_device()
+                        cuda.syncthreads()
+                        counter = u64(ptx.address(counters) + u64(u32(c_share * u32(sets) + head_set)) * u64(4))
+                        if thread == u32(0):
+                            done = u32(c_section - c_first)
+                            before = ptx.add_counter(counter, done)
+                            last = u32(0)
+                            if u32(before + done) == u32(c_sections):
+                                last = u32(1)
+                                ptx.store_32(counter, u32(0))
+                            ptx.store_shared_32(u32(shared + u32(flag_at)), last)
+                        cuda.syncthreads()
+                        ready = ptx.load_shared_32(u32(shared + u32(flag_at))) == u32(1)
+                        if ready:
+                            ptx.fence_device()
+                            start = u64(
+                                ptx.address(partials) + u64(u32(u32(c_share * u32(sets) + head_set) * u32(sections))) * u64(4 * record)
+                            )
+                            for i in range(pieces):
+                                piece = u32(thread + u32(threads * i))
+                                if piece < u32(all_pieces):
+                                    head = u32(piece // u32(head_dim // 4))
+                                    section = i32(0)
+                                    while section < c_sections:
+                                        for b in range(batch):
+                                            of = i32(min(i32(section + i32(b)), i32(c_sections - i32(1))))
+                                            source = u64(start + u64(u32(of)) * u64(4 * record))
+                                            a0, a1, a2, a3 = ptx.load_128(u64(source + u64(piece) * u64(16)))
+                                            b0, b1 = ptx.load_64(u64(source + u64(4 * record_pairs) + u64(head) * u64(8)))
+                                            batch_values[4 * b], batch_values[4 * b + 1] = ptx.float_of_bits(a0), ptx.float_of_bits(a1)
+                                            batch_values[4 * b + 2], batch_values[4 * b + 3] = ptx.float_of_bits(a2), ptx.float_of_bits(a3)
+                                            batch_sums[2 * b] = ptx.float_of_bits(b0)
+                                            batch_sums[2 * b + 1] = ptx.float_of_bits(b1)
+                                        for b in range(batch):
+                                            if i32(section + i32(b)) < c_sections:
+                                                total_top[i], total_under[i] = fold(
+                                                    total, total_top[i], total_under[i], 4 * i, batch_values, batch_sums[2 * b],
+                                                    batch_sums[2 * b + 1], 4 * b,
+                                                )  # fmt: skip
+                                        section = i32(section + i32(batch))
+                    if ready:
+                        for i in range(pieces):
+                            piece = u32(thread + u32(threads * i))
+                            head = u32(piece // u32(head_dim // 4))
+                            if head < some_heads:
+                                inverse = one / total_under[i]
+                                to = u64(ptx.address(out) + u64(u32(c_row)) * u64(2 * out_stride) + u64(first_head) * u64(2 * head_dim))
+                                ptx.store_64(
+                                    u64(to + u64(piece) * u64(8)),
+                                    pack(total[4 * i] * inverse, total[4 * i + 1] * inverse),
+                                    pack(total[4 * i + 2] * inverse, total[4 * i + 3] * inverse),
+                                )  # fmt: skip
+            c_slot = u32(c_slot + u32(slot_bytes))
+            if c_slot == ring_end:
+                c_slot = ring
+
+    arguments = (HALVES, i32, HALVES, INTS, i32, INTS, INTS, FLOATS, WORDS, HALVES)
+    return Kernel(kernel, arguments, threads, warps * ring_bytes + 16, blocks)
+
+
+class PagedDecode:
+    """Attention of the first R rows of a step, one query token each, at position contexts[r] - 1 (`engine.reference.attend`).
+
+    Owns its scratch: `scratch_bytes` are allocated by the caller as one uint8 tensor and given to `bind` once. One object serves
+    all layers with the same window; `schedule` runs once a step before the first of them.
+
+    heads, kv_heads: of this rank. head_dim: a multiple of 16, to 256. multiprocessors, cc: of the card, they decide the grid.
+    max_rows: the most decode rows of a step. window: positions a token sees, 0 for all. `shape` overrides the tuning table.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        block_seq_len: int,
+        dtype: str,
+        max_rows: int,
+        multiprocessors: int,
+        cc: tuple[int, int],
+        *,
+        window: int = 0,
+        shape: DecodeShape | None = None,
+    ) -> None:
+        if head_dim % 16 or not 16 <= head_dim <= 256:
+            raise ValueError(f"head_dim is {head_dim}; a multiple of 16 from 16 to 256 is needed")
+        if heads % kv_heads:
+            raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads evenly")
+        if block_seq_len < 1 or max_rows < 1 or window < 0:
+            raise ValueError(f"block_seq_len {block_seq_len}, max_rows {max_rows} and window {window}: at least 1, 1 and 0 are needed")
+        shape = shape or decode_shape(cc, head_dim)
+        group = heads // kv_heads
+        self._library, self._dtype = library, DTYPES[dtype]
+        self._position = (2, kv_heads, block_seq_len, head_dim)
+        self._width, self._max_rows = heads * head_dim, max_rows
+        set_heads = heads_of_set(group, head_dim)
+        self._sets = kv_heads * -(-group // set_heads)
+        self._shares = max(1, shape.blocks * multiprocessors // self._sets)
+        sections = MOST_SECTIONS if self._sets > FEW_SETS else 2 * MOST_SECTIONS
+        self._partials = self._shares * self._sets * sections * record_floats(set_heads, head_dim)
+        constants = (kv_heads, group, head_dim, block_seq_len, dtype, sections, shape.warps, shape.stages, shape.blocks)
+        self._decode = Variant(__name__, "paged_decode", constants)
+        strip = shape.warps * TILE
+        self._schedule = Variant("engine.cuda.attention_schedule", "decode_schedule", (strip, sections, window, self._shares, max_rows))
+        self.variants = (self._schedule, self._decode)
+        self._scratch: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of the tensor that `bind` takes."""
+        return 4 * sum(self._lengths)
+
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        """Words of shares, rows, counters and partials; each a multiple of 4."""
+        return SHARE_INTS * self._shares, ROW_INTS * self._max_rows, -(-self._shares * self._sets // 4) * 4, self._partials
+
+    def bind(self, scratch: torch.Tensor) -> None:
+        """scratch uint8 [scratch_bytes], on a 16-byte boundary, nobody else's from now on."""
+        if scratch.dtype != torch.uint8 or scratch.numel() != self.scratch_bytes or scratch.data_ptr() % 16:
+            raise ValueError(f"the scratch is {scratch.dtype} x {scratch.numel()}, not uint8 x {self.scratch_bytes} on a 16-byte boundary")
+        shares, rows, counters, partials = scratch.view(torch.int32).split(self._lengths)
+        counters.zero_()
+        self._scratch = (shares, rows, counters, partials)
+
+    def schedule(self, contexts: torch.Tensor, row_slots: torch.Tensor, num_rows: int) -> None:
+        """Divide a step's decode rows, the first `num_rows`, among thread blocks; contexts, row_slots int32 of at least so many."""
+        if not 0 < num_rows <= self._max_rows or len(contexts) < num_rows or len(row_slots) < num_rows:
+            raise ValueError(f"{num_rows} rows of {len(contexts)} contexts and {len(row_slots)} slots; 1 to {self._max_rows} are possible")
+        shares, rows, _, _ = self._scratch
+        self._library[self._schedule](1, contexts, row_slots, num_rows, shares, rows)
+
+    def __call__(self, q: torch.Tensor, pool: torch.Tensor, tables: torch.Tensor, out: torch.Tensor) -> None:
+        """out[r] = attention of the query in the first heads * head_dim elements of q[r], for the rows of `schedule`.
+
+        q, out [R or more, >= heads * head_dim], pool one layer [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim], tables int32
+        [slots + 1, blocks_per_slot].
+        """
+        if pool.shape[1:] != self._position or pool.dtype != self._dtype or not pool.is_contiguous():
+            raise ValueError(f"the pool is {pool.dtype} {tuple(pool.shape)}, not consecutive {self._dtype} [blocks, *{self._position}]")
+        if q.dtype != self._dtype or out.dtype != self._dtype or q.stride(1) != 1 or out.stride() != (self._width, 1):
+            raise ValueError(f"q is {q.dtype} {q.stride()}, out is {out.dtype} {out.stride()}; consecutive {self._dtype} rows are needed")
+        if q.shape[1] < self._width or q.stride(0) % 2 or tables.stride(1) != 1:
+            raise ValueError(f"q is {tuple(q.shape)} {q.stride()}; rows of at least {self._width} elements on 4-byte boundaries are needed")
+        shares, rows, counters, partials = self._scratch
+        self._library[self._decode](
+            self._shares * self._sets, q, q.stride(0), pool, tables, tables.stride(0), shares, rows, partials, counters, out
+        )

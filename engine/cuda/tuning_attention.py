@@ -1,0 +1,58 @@
+"""Launch shapes of the attention kernels: (kernel, compute capability, head_dim class) -> constants. Estimates until measured.
+
+`bench/tune.py` prints rows; a person commits them with the date and the machine. Knows no kernel's code.
+
+decode   warps: of a thread block, each with its own tile of 16 positions; stages: tiles of a warp in flight and in use;
+         blocks: thread blocks on a multiprocessor at a time
+prompt   warps; tiles: of 16 query rows a warp; keys: positions of K and V in a stage; stages; blocks
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeShape:
+    warps: int
+    stages: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptShape:
+    warps: int
+    tiles: int
+    keys: int
+    stages: int
+    blocks: int
+
+
+Shape = TypeVar("Shape", DecodeShape, PromptShape)
+
+# by compute capability, then by the largest head_dim a row is for; not measured: sized so that the stages fit
+DECODE: dict[tuple[int, int], dict[int, DecodeShape]] = {
+    (9, 0): {64: DecodeShape(4, 4, 3), 128: DecodeShape(4, 3, 2), 256: DecodeShape(4, 2, 1)},
+    (8, 0): {64: DecodeShape(4, 4, 2), 128: DecodeShape(4, 2, 2), 256: DecodeShape(4, 2, 1)},
+    (8, 6): {64: DecodeShape(4, 2, 2), 128: DecodeShape(4, 2, 1), 256: DecodeShape(2, 2, 1)},
+}
+PROMPT: dict[tuple[int, int], dict[int, PromptShape]] = {
+    (9, 0): {64: PromptShape(4, 2, 64, 2, 2), 128: PromptShape(4, 2, 64, 2, 2), 256: PromptShape(4, 1, 32, 2, 1)},
+    (8, 0): {64: PromptShape(4, 2, 64, 2, 2), 128: PromptShape(4, 2, 32, 2, 1), 256: PromptShape(4, 1, 32, 2, 1)},
+    (8, 6): {64: PromptShape(4, 1, 64, 2, 1), 128: PromptShape(4, 1, 32, 2, 1), 256: PromptShape(4, 1, 16, 2, 1)},
+}
+SAME_AS = {(8, 7): (8, 6), (8, 9): (8, 6)}  # the same shared memory a multiprocessor, or near it
+
+
+def decode_shape(cc: tuple[int, int], head_dim: int) -> DecodeShape:
+    return _row(DECODE, cc, head_dim)
+
+
+def prompt_shape(cc: tuple[int, int], head_dim: int) -> PromptShape:
+    return _row(PROMPT, cc, head_dim)
+
+
+def _row(table: dict[tuple[int, int], dict[int, Shape]], cc: tuple[int, int], head_dim: int) -> Shape:
+    known = table.get(SAME_AS.get(cc, cc), table[8, 6] if cc < (9, 0) else table[9, 0])
+    return known[min(size for size in known if size >= head_dim)]

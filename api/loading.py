@@ -84,11 +84,10 @@ def load(config: Config) -> Loaded:
 
 def memory_plan(config: Config) -> MemoryPlan:
     """What `--plan` prints: read from headers, nothing allocated. For a hub name the files are fetched first."""
-    from engine.host import free_bytes
-    from engine.plan import plan_memory  # here: they bring numba, which the serving process does without
+    from engine.plan import free_memory, plan_memory  # here: they bring numba, which the serving process does without
 
     config = with_local_files(config)
-    return plan_memory(config, resolve_spec(config), config.model.path, free_bytes())
+    return plan_memory(config, resolve_spec(config), config.model.path, free_memory(config))
 
 
 def _tokenizer(config: Config) -> Tokenizer:

@@ -1,7 +1,8 @@
 """The memory plan: what will be resident, computed from headers and configuration before anything is allocated.
 
-No torch, no GPU, no tensor data is read. `memory_parts` counts a rank's weights in the layout of the CPU kernels,
-`plan_memory` adds what a step works on and divides the rest into KV blocks, as the runner will after loading.
+No torch, no CUDA context, no tensor data is read. `memory_parts` counts a rank's weights in the layout of the CPU kernels,
+`engine/plan_cuda.py` in that of a card; `plan_memory` adds what a step works on and divides the rest into KV blocks, as
+the runner will after loading.
 """
 
 from __future__ import annotations
@@ -11,42 +12,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config.schema import Config
+from engine import host, plan_cuda
 from engine.build import session_len
 from engine.cache.layout import ELEMENT_BYTES, KVLayout
+from engine.cards import cards
 from engine.errors import ConfigError
-from engine.load_backend import computing_dtype, resolve_device
-from engine.models.shard import make_shard
+from engine.load_backend import computing_dtype, resolved
+from engine.models.shard import Share, largest_share
 from engine.models.spec import ModelSpec
 from engine.weight_files import Stored, take_stock
 
 # Bytes an element of a weight takes once packed for the CPU kernels (the table in engine/cpu/matmul.py): nibbles with
-# 16-bit scale and bias, or 32-bit ones where 16 bits would round them; int8 with a 32-bit scale. The rest is dense.
-PACKED_BYTES = {"Q4_0": 320 / 512, "Q4_1": 320 / 512, "Q4_K": 384 / 512, "Q5_0": 576 / 512, "Q8_0": 576 / 512}
-FORM = {"Q4_0": "w4", "Q4_1": "w4", "Q4_K": "w4", "Q5_0": "w8", "Q8_0": "w8"}  # weights of one form stay as they are when stacked
+# 16-bit scale and bias, or 32-bit ones where 16 bits would round them (of AWQ, most zeros); int8 with a 32-bit scale. The
+# rest is dense.
+PACKED_BYTES = {"Q4_0": 320 / 512, "Q4_1": 320 / 512, "Q4_K": 384 / 512, "AWQ": 384 / 512, "Q5_0": 576 / 512, "Q8_0": 576 / 512}
+FORM = {
+    "Q4_0": "w4",
+    "Q4_1": "w4",
+    "Q4_K": "w4",
+    "AWQ": "w4",
+    "Q5_0": "w8",
+    "Q8_0": "w8",
+}  # weights of one form stay as they are when stacked
 STACKED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 PART = {"embed": "embedding", "lm_head": "output head", "qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp"}
 MIB = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """The largest rank's part of the dimensions that are cut."""
-
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocab: int
-
-
-def largest_share(spec: ModelSpec, tp: int) -> Share:
-    """ConfigError where the model cannot be cut into `tp` parts."""
-    shards = [make_shard(spec, rank, tp) for rank in range(tp)]
-    return Share(
-        heads=max(s.num_heads for s in shards),
-        kv_heads=max(s.num_kv_heads for s in shards),
-        intermediate=max(s.intermediate.stop - s.intermediate.start for s in shards),
-        vocab=max(s.vocab.stop - s.vocab.start for s in shards),
-    )
 
 
 def memory_parts(path: Path | str, spec: ModelSpec, *, dtype: str, tp: int = 1) -> dict[str, int]:
@@ -109,6 +99,9 @@ class MemoryPlan:
     block_seq_len: int
     num_blocks: int
     session_len: int
+    device: str = "cpu"
+    spare_blocks: int = 0  # allocated beside num_blocks: where padding rows of a card's steps write
+    dense_copy: bool = False  # 4-bit weights are kept in 16 bits too (a line of `weights`)
     shortfall: str = field(default="")  # what is missing and which key to change; "" when the model fits
 
     @property
@@ -121,7 +114,7 @@ class MemoryPlan:
 
     @property
     def kv_bytes(self) -> int:
-        return self.num_blocks * self.block_bytes
+        return (self.num_blocks + self.spare_blocks) * self.block_bytes
 
     @property
     def tokens(self) -> int:
@@ -138,11 +131,12 @@ class MemoryPlan:
         lines = [("", f"{'MiB':>12}")]
         lines += [(f"weights: {name}", _mib(size)) for name, size in self.weights.items() if size]
         lines += [(f"workspace: {name}", _mib(size)) for name, size in self.workspace.items()]
-        lines += [(f"KV cache: {self.num_blocks} blocks of {self.block_bytes / MIB:.3f} MiB", _mib(self.kv_bytes))]
+        spare = f" + {self.spare_blocks}" if self.spare_blocks else ""
+        lines += [(f"KV cache: {self.num_blocks}{spare} blocks of {self.block_bytes / MIB:.3f} MiB", _mib(self.kv_bytes))]
         lines += [("together", _mib(self.weight_bytes + self.workspace_bytes + self.kv_bytes)), ("free now", _mib(self.free_bytes))]
         text = [f"{name:<44}{size}" for name, size in lines]
         rank = f", each of {self.ranks} ranks" if self.ranks > 1 else ""
-        text[0] = f"{'memory, ' + self.dtype + rank:<44}{lines[0][1]}"
+        text[0] = f"{f'memory ({self.device}), {self.dtype}{rank}':<44}{lines[0][1]}"
         text.append(f"room for {self.tokens} tokens: {self.sessions} sequences of session_len {self.session_len}, or shorter ones")
         return "\n".join([*text, *([self.shortfall] if self.shortfall else [])])
 
@@ -151,28 +145,74 @@ def _mib(size: int) -> str:
     return f"{size / MIB:12.1f}"
 
 
+def free_memory(config: Config) -> int:
+    """What the plan of this configuration may fill: the machine's free memory, or that of the card with least of the first
+    engine.tp. ConfigError where it wants cards that are not here and does not say how large they are."""
+    knobs = resolved(config).engine
+    if knobs.device != "cuda":
+        return host.free_bytes()
+    limit, found = int(knobs.device_memory_gib * 2**30), cards()[: knobs.tp]
+    if limit and len(found) < knobs.tp:
+        return limit
+    if len(found) < knobs.tp:
+        raise ConfigError(
+            f"engine.device = 'cuda' with engine.tp = {knobs.tp}, and the driver shows {len(found)} cards here; set "
+            "engine.device_memory_gib to the memory of one card to plan for it."
+        )
+    free = min(card.free_bytes for card in found)
+    return min(free, limit) if limit else free
+
+
 def plan_memory(config: Config, spec: ModelSpec, path: Path | str, free_bytes: int) -> MemoryPlan:
-    """`free_bytes`: memory of the machine that can be had now. A shortfall is reported in the plan, not raised."""
-    device = resolve_device(config)
+    """`free_bytes`: memory of the machine, or of each rank's card, that can be had now (`free_memory`). A shortfall is
+    reported in the plan, not raised."""
+    config = resolved(config)
+    device = config.engine.device
     if device == "mock":
         raise ConfigError("engine.device = 'mock' loads no model; there is no memory to plan.")
-    dtype, tp, length = computing_dtype(config, device), config.engine.tp, session_len(config, spec)
+    dtype, tp, length = computing_dtype(config, device, spec.dtype), config.engine.tp, session_len(config, spec)
     share = largest_share(spec, tp)
     layout = KVLayout(spec.num_layers, share.kv_heads, spec.head_dim, config.cache.cache_block_seq_len, dtype)
-    plan = MemoryPlan(
+    empty = MemoryPlan(
         dtype=dtype,
         ranks=tp,
-        free_bytes=free_bytes // tp,  # the ranks share the machine's memory
-        weights=memory_parts(path, spec, dtype=dtype, tp=tp),
-        workspace=workspace_parts(config, spec, share, dtype, length),
+        free_bytes=free_bytes,
+        weights={},
+        workspace={},
         block_bytes=layout.block_bytes,
         block_seq_len=layout.block_seq_len,
         num_blocks=0,
         session_len=length,
+        device=device,
     )
-    left = plan.free_bytes - plan.weight_bytes - plan.workspace_bytes
+    plan = _on_cards(config, spec, path, share, empty) if device == "cuda" else _on_host(config, spec, path, share, empty)
+    left = plan.free_bytes - plan.weight_bytes - plan.workspace_bytes - plan.spare_blocks * plan.block_bytes
     plan = dataclasses.replace(plan, num_blocks=kv_blocks(config, layout, length, left))
     return dataclasses.replace(plan, shortfall=_shortfall(config, plan, left))
+
+
+def _on_host(config: Config, spec: ModelSpec, path: Path | str, share: Share, empty: MemoryPlan) -> MemoryPlan:
+    """The ranks share the machine's memory."""
+    return dataclasses.replace(
+        empty,
+        free_bytes=empty.free_bytes // empty.ranks,
+        weights=memory_parts(path, spec, dtype=empty.dtype, tp=empty.ranks),
+        workspace=workspace_parts(config, spec, share, empty.dtype, empty.session_len),
+    )
+
+
+def _on_cards(config: Config, spec: ModelSpec, path: Path | str, share: Share, empty: MemoryPlan) -> MemoryPlan:
+    """Every rank has a card of its own."""
+    weights = plan_cuda.card_weights(take_stock(path, spec), spec, share, empty.ranks)
+    free = empty.free_bytes - sum(weights.parts.values())
+    copy = plan_cuda.makes_dense_copy(config, weights.copy_bytes, free)
+    return dataclasses.replace(
+        empty,
+        weights=weights.parts | {"16-bit copy": weights.copy_bytes if copy else 0},
+        workspace=plan_cuda.workspace(config, spec, share, empty.session_len, 0 if copy else weights.scratch_bytes),
+        spare_blocks=1,
+        dense_copy=copy,
+    )
 
 
 def workspace_parts(config: Config, spec: ModelSpec, share: Share, dtype: str, length: int) -> dict[str, int]:
@@ -192,12 +232,14 @@ def workspace_parts(config: Config, spec: ModelSpec, share: Share, dtype: str, l
 
 def kv_blocks(config: Config, layout: KVLayout, length: int, free: int) -> int:
     """Blocks of the pool when `free` bytes are left beside weights and workspace: cache.num_blocks, or what the share
-    cache_max_entry_count of them holds, up to cache_max_bytes and four times what all batch slots can fill."""
+    cache_max_entry_count of them holds, up to cache_max_bytes (not on a card, which has nothing else to do) and four times
+    what all batch slots can fill."""
+    config = resolved(config)
     cache = config.cache
     if cache.num_blocks:
         return cache.num_blocks
     budget = int(max(0, free) * cache.cache_max_entry_count)
-    if cache.cache_max_bytes:
+    if cache.cache_max_bytes and config.engine.device != "cuda":
         budget = min(budget, cache.cache_max_bytes)
     useful = 4 * config.engine.max_batch_size * -(-(length + 1) // layout.block_seq_len)
     return min(budget // layout.block_bytes, useful)
@@ -206,14 +248,15 @@ def kv_blocks(config: Config, layout: KVLayout, length: int, free: int) -> int:
 def _shortfall(config: Config, plan: MemoryPlan, left: int) -> str:
     """One sentence: the numbers, and the key that mends it."""
     if left <= 0:
-        need = (plan.weight_bytes + plan.workspace_bytes - plan.free_bytes) / MIB
-        mend = "set model.dtype = 'bfloat16'" if plan.dtype == "float32" else "take a smaller model or one of fewer bits"
+        need = -left / MIB
+        mend = _mend(plan, -left)
         return f"Too little memory: weights and workspace need {need:.1f} MiB more than is free; {mend} or free memory."
-    if plan.kv_bytes > left:
+    if plan.num_blocks * plan.block_bytes > left:
         fits = left // plan.block_bytes
         return f"Too little memory: cache.num_blocks = {plan.num_blocks} needs {plan.kv_bytes / MIB:.1f} MiB, {left / MIB:.1f} MiB are left; set it to at most {fits} or 0."  # noqa: E501
     if plan.num_blocks == 0:
-        key = "cache.cache_max_bytes" if 0 < config.cache.cache_max_bytes < plan.block_bytes else "cache.cache_max_entry_count"
+        bounded = plan.device != "cuda" and 0 < config.cache.cache_max_bytes < plan.block_bytes
+        key = "cache.cache_max_bytes" if bounded else "cache.cache_max_entry_count"
         return f"The KV pool has room for 0 blocks: one block is {plan.block_bytes / MIB:.3f} MiB; raise {key}."
     if plan.sessions == 0:
         return (
@@ -221,3 +264,13 @@ def _shortfall(config: Config, plan: MemoryPlan, left: int) -> str:
             f"to at most {plan.tokens}, or give the cache more memory (cache.cache_max_entry_count, cache.cache_max_bytes)."
         )
     return ""
+
+
+def _mend(plan: MemoryPlan, missing: int) -> str:
+    if plan.dtype == "float32":
+        return "set model.dtype = 'bfloat16'"
+    if plan.dense_copy and plan.weights["16-bit copy"] >= missing:
+        return "set engine.w4_dense_copy = 'false'"
+    if plan.device == "cuda":
+        return "lower engine.max_prefill_token_num, raise engine.tp, take a smaller model or one of fewer bits,"
+    return "take a smaller model or one of fewer bits"

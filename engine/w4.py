@@ -12,7 +12,8 @@ AWQ and GPTQ (bias = -zero * scale). Two nibbles a byte, the even input channel 
     scale, bias                                                          float32 [N, K / g]
 
 This is the canonical form in which a weight travels from file to backend; each backend repacks it once, at
-load, into what its kernel wants to read (`Backend.prepare_linear`). numpy only.
+load, into what its kernel wants to read (`Backend.prepare_linear`); `cuda_w4_bytes` is the size of what a card makes of
+it. numpy only.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 GROUP_SIZES = (32, 64, 128)
+CUDA_ROWS = 64  # output channels are padded up to a multiple of this on a card
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,3 +85,11 @@ def dequantize(w: W4) -> np.ndarray:
     g = w.group_size
     q = unpack(w.qweight).reshape(w.out_features, -1, g).astype(np.float32)
     return (q * w.scale[:, :, None] + w.bias[:, :, None]).reshape(w.out_features, w.in_features)
+
+
+def cuda_w4_bytes(out_features: int, in_features: int, group_size: int) -> int:
+    """Bytes of a weight repacked for the CUDA kernels: nibbles, and scale and bias of 16 bits each a group; padded up to
+    whole tiles of `CUDA_ROWS` output channels and whole groups."""
+    rows = -(-out_features // CUDA_ROWS) * CUDA_ROWS
+    groups = -(-in_features // group_size)
+    return rows * groups * (group_size // 2 + 4)

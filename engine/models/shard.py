@@ -55,6 +55,27 @@ def make_shard(spec: ModelSpec, rank: int, size: int) -> Shard:
     return shard
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The largest rank's part of the dimensions that are cut."""
+
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int
+
+
+def largest_share(spec: ModelSpec, size: int) -> Share:
+    """ConfigError where the model cannot be cut into `size` parts."""
+    shards = [make_shard(spec, rank, size) for rank in range(size)]
+    return Share(
+        heads=max(s.num_heads for s in shards),
+        kv_heads=max(s.num_kv_heads for s in shards),
+        intermediate=max(s.intermediate.stop - s.intermediate.start for s in shards),
+        vocab=max(s.vocab.stop - s.vocab.start for s in shards),
+    )
+
+
 def _check_groups(spec: ModelSpec, shard: Shard, size: int, group: int) -> None:
     """An AWQ weight is cut between its groups (input channels of o and down) and its int32s of 8 output channels."""
     cuts = (

@@ -15,6 +15,7 @@ from engine.models.layers import make_shard
 from engine.models.spec import load_spec
 from engine.plan import PACKED_BYTES, MemoryPlan, largest_share, memory_parts, plan_memory
 from engine.weights import open_checkpoint
+from tests.fixtures.awq import awq_checkpoint
 from tests.fixtures.toy import toy_checkpoint, toy_gguf
 
 GIB = 1 << 30
@@ -35,6 +36,7 @@ def test_packed_sizes_are_the_kernels() -> None:
         "Q4_0": per_element[W4],
         "Q4_1": per_element[W4],
         "Q4_K": per_element[W4F],
+        "AWQ": per_element[W4F],
         "Q5_0": per_element[W8],
         "Q8_0": per_element[W8],
     }
@@ -159,19 +161,32 @@ def test_a_mock_has_no_memory_to_plan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_awq_weights_are_counted_as_the_backend_holds_them(tmp_path: Path, dtype: str) -> None:
+    path, _ = awq_checkpoint(tmp_path, hidden=128, vocab_size=272, dense=("v_proj",))
+    assert held_by_the_cpu(path, dtype) == weight_bytes(path, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
     "types", ["Q4_1", "Q4_K", "Q5_0", "Q8_0", "Q6_K", {"q": "Q4_K", "k": "Q4_K", "v": "Q6_K", "gate": "Q4_1", "up": "Q4_1"}]
 )
 def test_the_plan_is_what_the_backend_holds(tmp_path: Path, dtype: str, types: str | dict[str, str]) -> None:
+    path = toy_gguf(tmp_path / "x.gguf", "qwen2", types=types, hidden=256, layers=2, vocab_size=272)  # no padding to 16 x 32
+    assert held_by_the_cpu(path, dtype) == weight_bytes(path, dtype)
+
+
+def weight_bytes(path: Path, dtype: str) -> int:
+    parts = memory_parts(path, load_spec(path), dtype=dtype)
+    return sum(size for name, size in parts.items() if name != "norms and biases")
+
+
+def held_by_the_cpu(path: Path, dtype: str) -> int:
     from engine.cpu.backend import CpuBackend
     from engine.models.decoder import Decoder
     from engine.parallel import Ranks
 
-    path = toy_gguf(tmp_path / "x.gguf", "qwen2", types=types, hidden=256, layers=2, vocab_size=272)  # no padding to 16 x 32
     spec = load_spec(path)
     decoder = Decoder(spec, open_checkpoint(path, spec), CpuBackend(spec, dtype, 1), Ranks(), session_len=64, exact=dtype == "float32")
     linears = [decoder.head.weight, decoder.embedding]
     linears += [part.weight for layer in decoder.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    parts = memory_parts(path, spec, dtype=dtype)
-    del parts["norms and biases"]
-    assert sum(linear.packed.data.nbytes for linear in linears) == sum(parts.values())
+    return sum(linear.packed.data.nbytes for linear in linears)

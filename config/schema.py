@@ -152,6 +152,7 @@ class Engine:
         "quarter of what is free after the weights.",
         choices=(AUTO, "true", "false"),
     )
+    check_ranks: bool = knob(False, "Compare what the ranks computed after every step; a difference ends the engine. For debugging.")
     num_threads: int = knob(
         0, "CPU threads of a rank, at most the cores this process may use; 0: those cores, shared among the ranks.", min=0, max=1024
     )

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.errors import DeviceError
+
 
 class Ranks:
     """One rank's view: `rank` of `size`."""
@@ -69,6 +71,17 @@ class Ranks:
         self._dist.all_gather_into_tensor(parts.view(-1, each), padded.contiguous())
         whole = parts.transpose(0, 1).reshape(len(own), self.size * each)[:, :total].contiguous()
         return whole.numpy() if isinstance(x, np.ndarray) else whole
+
+    def check_same(self, digest: int, step: int) -> None:
+        """DeviceError on every rank unless all of them give the same number for this step (`engine.check_ranks`)."""
+        if self.size == 1:
+            return
+        import torch
+
+        own, all_of_them = torch.tensor([digest], dtype=torch.int64), torch.empty(self.size, dtype=torch.int64)
+        self._dist.all_gather_into_tensor(all_of_them, own)
+        if len(set(all_of_them.tolist())) > 1:
+            raise DeviceError(f"The ranks disagree about step {step}: digests {[f'{d:08x}' for d in all_of_them.tolist()]}.")
 
     def from_rank0(self, values: np.ndarray) -> np.ndarray:
         """Rank 0's int64 array, on every rank (same shape everywhere)."""

@@ -7,14 +7,16 @@ the next plan (already queued) finds them.
 
 from __future__ import annotations
 
+import dataclasses
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from config.schema import Config
-from engine.batch import Slots
+from engine.batch import Batch, Scored, Slots
 from engine.cache.layout import KVLayout
 from engine.errors import DeviceError
 from engine.host import free_bytes
@@ -25,7 +27,7 @@ from engine.parallel import Ranks
 from engine.plan import kv_blocks
 from engine.sampler import Sampler
 from engine.sequence import SamplingParams
-from engine.step import Admit, StepPlan, StepResult
+from engine.step import Admit, Logprobs, StepPlan, StepResult
 from engine.weights import open_checkpoint
 
 
@@ -34,6 +36,7 @@ class Runner:
 
     def __init__(self, config: Config, spec: ModelSpec, session_len: int, ranks: Ranks) -> None:
         self._ranks = ranks
+        self._check_ranks = config.engine.check_ranks
         device = resolve_device(config)
         dtype = computing_dtype(config, device)
         self._backend = load_backend(config, spec, device, dtype)
@@ -60,10 +63,21 @@ class Runner:
         if not plan.slots:
             return StepResult(plan.step)
         batch = self._slots.batch(plan)
-        logits = self._decoder.forward(batch, self._kv)
-        ids, logprobs = ([], []) if logits is None else self._sample(self._backend.to_numpy(logits), batch.sampled_slots)
+        scored = self._slots.scored(plan)
+        logits = self._decoder.forward(_with_scored(batch, scored), self._kv)
+        ids: list[int] = []
+        logprobs: list[tuple[int, Logprobs]] = []
+        prompt: list[tuple[int, int, Logprobs]] = []
+        if logits is not None:
+            rows = self._backend.to_numpy(logits)
+            sampled = len(batch.sampled_slots)
+            if len(scored) and self._ranks.rank == 0:
+                prompt = self._sampler.score(rows[sampled:], scored)
+            if sampled:
+                ids, logprobs = self._sample(rows[:sampled], batch.sampled_slots, plan.step)
         self._remember(plan, ids)
-        return StepResult(plan.step, tuple(ids), tuple(logprobs), int((time.perf_counter() - started) * 1e6))
+        elapsed_us = int((time.perf_counter() - started) * 1e6)
+        return StepResult(plan.step, tuple(ids), tuple(logprobs), elapsed_us, tuple(prompt))
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         result = self.step(plan)
@@ -72,10 +86,12 @@ class Runner:
     def close(self) -> None:
         self._backend.close()
 
-    def _sample(self, logits: np.ndarray, slots: tuple[int, ...]) -> tuple[list[int], list]:
+    def _sample(self, logits: np.ndarray, slots: tuple[int, ...], step: int) -> tuple[list[int], list]:
         """Rank 0 samples, the others are told."""
         if self._ranks.size == 1:
             return self._sampler.sample(logits, slots)
+        if self._check_ranks:
+            self._ranks.check_same(zlib.crc32(logits.tobytes()), step)
         ids, logprobs = np.zeros(len(slots), np.int64), []
         if self._ranks.rank == 0:
             sampled, logprobs = self._sampler.sample(logits, slots)
@@ -110,3 +126,8 @@ class Runner:
         if tokens < room:
             self.step(StepPlan(1, slots=(0,), starts=(tokens,), counts=(1,), samples=(1,)))
         self.step(StepPlan(2, releases=(0,)))
+
+
+def _with_scored(batch: Batch, scored: Scored) -> Batch:
+    """Logits of the scored tokens come after those of the sampled rows."""
+    return dataclasses.replace(batch, sampled=np.concatenate([batch.sampled, scored.tokens])) if len(scored) else batch

@@ -9,6 +9,7 @@ same logits by the same arithmetic, so that no ids are exchanged.
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,8 @@ class CudaRunner:
         elapsed = ended - max(started, self._finished_s)  # a step that waited behind another is not charged for it
         self._finished_s = ended
         ids, logprobs = ((), ()) if collect is None else collect()
+        if self._config.engine.check_ranks:
+            self._ranks.check_same(zlib.crc32(np.array(ids, np.int32).tobytes()), number)
         return StepResult(number, ids, logprobs, int(elapsed * 1e6))
 
     # -- start ----------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_ids_equal_those_of_transformers(case: dict[str, Any], way: str, tmp_pat
 @pytest.mark.parametrize("device", ["reference", "cpu"])
 def test_two_ranks_give_the_ids_of_one(case: dict[str, Any], device: str, tmp_path: Path) -> None:
     model = toy_checkpoint(tmp_path / "model", case["family"], shards=2, **case["config"])
-    ids, _ = asyncio.run(run(model, {"engine": {"device": device, "tp": 2}}, GOLDEN["prompts"]))
+    ids, _ = asyncio.run(run(model, {"engine": {"device": device, "tp": 2, "check_ranks": True}}, GOLDEN["prompts"]))
     assert ids == case["ids"]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import w4, w8
+from engine import w4, w8, weights
 from engine.errors import ModelError
 from engine.models.spec import FAMILIES, ModelSpec, load_spec
 from engine.w4 import W4
@@ -149,12 +149,72 @@ def resident_kib() -> int:
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
 
 
+# ---- views, and threads
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_views_are_the_file(tmp_path: Path, dtype: str, recwarn: pytest.WarningsRecorder) -> None:
+    path = toy_checkpoint(tmp_path / "x", "qwen2", dtype=dtype, layers=1)
+    spec, copies = opened(path)
+    checkpoint = open_checkpoint(path, spec, views=True)
+    expected, loaded = load_all(spec, copies), load_all(spec, checkpoint)
+    checkpoint.finish()
+    mapped = {name: stored.file.raw(stored.name).ctypes.data for name, stored in checkpoint._stock.items()}
+    for name, tensor in loaded.items():
+        assert isinstance(tensor, torch.Tensor) and tensor.data_ptr() == mapped[name]
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+    part = checkpoint.weight("layers.0.down", rows=slice(8, 16), columns=slice(3, 9))
+    assert isinstance(part, torch.Tensor) and part.stride() == (128, 1)
+    torch.testing.assert_close(part, expected["layers.0.down.weight"][8:16, 3:9], rtol=0, atol=0)
+    del checkpoint, copies, tensor, part
+    torch.testing.assert_close(loaded["embed.weight"], expected["embed.weight"], rtol=0, atol=0)  # they keep the file open
+    assert not recwarn.list
+
+
+def test_views_leave_it_to_the_card_to_look_for_bad_numbers(tmp_path: Path) -> None:
+    path = toy_checkpoint(tmp_path / "x", layers=1, dtype="bfloat16")
+    broken = tensors_of(path)
+    broken["model.layers.0.self_attn.q_proj.weight"][3, 5] = float("nan")
+    save_tensors(path, {k: v.to(torch.bfloat16) for k, v in broken.items()})
+    weight = open_checkpoint(path, load_spec(path), views=True).weight("layers.0.q")
+    assert isinstance(weight, torch.Tensor) and weight.isnan().sum() == 1
+
+
+def test_views_of_a_gguf_file(tmp_path: Path) -> None:
+    """Interleaved heads are put in order, which is a copy; the rest is the file."""
+    path = toy_gguf(tmp_path / "x.gguf", types="BF16")
+    spec, copies = opened(path)
+    checkpoint = open_checkpoint(path, spec, views=True)
+    for name in ("layers.0.q", "layers.1.k", "layers.1.down", "embed"):
+        torch.testing.assert_close(checkpoint.weight(name), copies.weight(name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q5_0", "Q8_0", "Q6_K"])
+def test_several_threads_convert_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    _, checkpoint = opened(toy_gguf(tmp_path / "x.gguf", "qwen2", types=kind, hidden=256, layers=1, vocab_size=259))
+    names = ("embed", "layers.0.q", "layers.0.down")
+    alone = [as_float(checkpoint.weight(name, columns=slice(32, 224))) for name in names]
+    monkeypatch.setattr(weights, "usable_cores", lambda: 4)
+    monkeypatch.setattr(weights, "CHUNK", 2000)
+    monkeypatch.setattr(weights, "GROUPED_CHUNK", 2000)
+    for name, expected in zip(names, alone, strict=True):
+        np.testing.assert_array_equal(as_float(checkpoint.weight(name, columns=slice(32, 224))), expected)
+
+
+def test_an_error_of_one_thread_is_everybodys() -> None:
+    def convert(part: slice) -> None:
+        if part.start == 64:
+            raise ModelError("this one")
+
+    with pytest.raises(ModelError, match="this one"):
+        weights._in_pieces(convert, 100, 8)
+
+
 # ---- strictness
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    weights = toy_weights(load_spec(path))
-    return {file_name(name, HF_NAMES): torch.from_numpy(array) for name, array in weights.items()}
+    return {file_name(name, HF_NAMES): torch.from_numpy(array) for name, array in toy_weights(load_spec(path)).items()}
 
 
 def refusal(path: Path) -> str:
@@ -320,14 +380,14 @@ def test_stories260k_becomes_a_directory(assets: Path, tmp_path: Path) -> None:
 def test_smollm2(smollm2: Path) -> None:
     started = time.process_time()
     spec, checkpoint = opened(smollm2)
-    weights = load_all(spec, checkpoint, dense=False)
+    loaded = load_all(spec, checkpoint, dense=False)
     checkpoint.finish()
     assert time.process_time() - started < 2  # 0.2 s of one core where it was measured
-    assert isinstance(weights["embed.weight"], W8) and isinstance(weights["layers.29.down.weight"], W4)
+    assert isinstance(loaded["embed.weight"], W8) and isinstance(loaded["layers.29.down.weight"], W4)
     stored = take_stock(smollm2, spec)["layers.7.q.weight"]
     raw = np.array(stored.file.raw(stored.name)).reshape(576, -1)
     rows = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q4_1).reshape(9, 32, 2, 576).swapaxes(1, 2).reshape(576, 576)
-    np.testing.assert_array_equal(as_float(weights["layers.7.q.weight"]), rows)
+    np.testing.assert_array_equal(as_float(loaded["layers.7.q.weight"]), rows)
 
 
 def test_tinyllama_rows(tinyllama: Path) -> None:

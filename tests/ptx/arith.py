@@ -69,8 +69,12 @@ def ufunc(function: Any, count: int) -> Callable[[Machine, Instruction], Bound]:
 
     def bind(machine: Machine, instruction: Instruction) -> Bound:
         kind = UNSIGNED.get(instruction.kind, instruction.kind)
+        if "cc" in instruction.parts:
+            return carried(machine, instruction)
         if is_half(kind):
             return halves(machine, instruction, kind, count, function)
+        if toward := direction(instruction):
+            return rounded(machine, instruction, count, function, toward)
         sources = operands(machine, instruction, kind, count)
         destination = machine.register(instruction.operands[0], kind)
         if "sat" in instruction.parts:
@@ -80,6 +84,33 @@ def ufunc(function: Any, count: int) -> Callable[[Machine, Instruction], Bound]:
         return machine.alu(destination, partial(function, *sources))
 
     return bind
+
+
+def direction(instruction: Instruction) -> str | None:
+    """rz, rm or rp where a float instruction asks for one."""
+    return next((part for part in instruction.parts if part in ("rz", "rm", "rp")), None) if "f" in instruction.kind else None
+
+
+def rounded(machine: Machine, instruction: Instruction, count: int, function: Any, toward: str) -> Bound:
+    """A float32 result rounded towards zero, down or up, from float64."""
+    if instruction.kind != "f32":
+        raise EmulatorError("this rounding is emulated for f32 only")
+    sources = operands(machine, instruction, "f32", count)
+
+    def compute(out: Array) -> None:
+        exact = function(*[s.astype(np.float64) for s in sources])
+        np.copyto(out, directed(exact, exact.astype(np.float32), toward))
+
+    return machine.alu(machine.register(instruction.operands[0], "f32"), compute)
+
+
+def directed(x: Array, y: Array, toward: str) -> Array:
+    """Correct the rounding of y = nearest(x): towards zero, down or up."""
+    exact, nearest = x.astype(np.float64), y.astype(np.float64)
+    if toward == "rz":
+        return np.where(np.abs(nearest) > np.abs(exact), np.nextafter(y, y.dtype.type(0)), y)
+    wrong = nearest > exact if toward == "rm" else nearest < exact
+    return np.where(wrong, np.nextafter(y, y.dtype.type(-np.inf if toward == "rm" else np.inf)), y)
 
 
 def saturated(
@@ -111,6 +142,8 @@ def multiply_add(machine: Machine, instruction: Instruction) -> Bound:
 def product(machine: Machine, instruction: Instruction, add: bool) -> Bound:
     """mul and mad: .lo, .hi, .wide for integers, plain for floats."""
     kind, parts = UNSIGNED.get(instruction.kind, instruction.kind), instruction.parts
+    if "cc" in parts:
+        return carried(machine, instruction)
     if "f" in kind:
         return fma(machine, instruction) if add else ufunc(np.multiply, 2)(machine, instruction)
     a, b = operands(machine, instruction, kind, 2)
@@ -164,6 +197,8 @@ def fma(machine: Machine, instruction: Instruction) -> Bound:
     kind = instruction.kind
     if is_half(kind):
         return halves(machine, instruction, kind, 3, lambda a, b, c: a * b + c)
+    if toward := direction(instruction):
+        return rounded(machine, instruction, 3, lambda a, b, c: a * b + c, toward)
     a, b, c = operands(machine, instruction, kind, 3)
     destination = machine.register(instruction.operands[0], kind)
     wide = np.float64 if kind == "f32" else np.longdouble
@@ -466,6 +501,40 @@ def bit_mask(machine: Machine, instruction: Instruction) -> Bound:
     )
 
 
+def carried(machine: Machine, instruction: Instruction) -> Bound:
+    """add, sub, mad with .cc (writes the carry flag), addc, subc, madc (read it)."""
+    parts, kind = instruction.parts, instruction.kind.replace("s", "u")
+    word, reads, writes = parts[0].removesuffix("c")[:3], parts[0].endswith("c"), "cc" in parts
+    destination, flag = machine.register(instruction.operands[0], kind), machine.carry
+    count = 3 if word == "mad" else 2
+    sources = [machine.wide(o, kind) for o in instruction.operands[1 : 1 + count]]
+    signed = instruction.kind.startswith("s")
+
+    def core(lanes: Array | None, *values: Array) -> list[Array]:
+        old = (flag if lanes is None else flag[lanes]).astype(destination.dtype)
+        if word == "mad":
+            high = np.empty_like(values[0])
+            if "hi" in parts:
+                view = f"i{high.itemsize}" if signed else f"u{high.itemsize}"
+                high_product(values[0].view(view), values[1].view(view), high.view(view))
+            left, right = high if "hi" in parts else values[0] * values[1], values[2]
+        else:
+            left, right = values
+        if word == "sub":
+            middle = left - right
+            result = middle - old if reads else middle
+            out = (left < right) | ((middle < old) if reads else False)
+        else:
+            middle = left + right
+            result = middle + old if reads else middle
+            out = (middle < left) | ((result < middle) if reads else False)
+        if writes:
+            flag[slice(None) if lanes is None else lanes] = out
+        return [result]
+
+    return machine.gathered(sources, [destination], core)
+
+
 LOP3: dict[int, Callable[[Array, Array, Array], Array]] = {
     0x96: lambda a, b, c: a ^ b ^ c, 0x80: lambda a, b, c: a & b & c, 0xFE: lambda a, b, c: a | b | c, 0xEA: lambda a, b, c: (a & b) | c,
     0xF8: lambda a, b, c: a | (b & c), 0xCA: lambda a, b, c: (a & b) | (~a & c), 0xE8: lambda a, b, c: (a & b) | (c & (a | b)),
@@ -542,6 +611,7 @@ def copy_sign(machine: Machine, instruction: Instruction) -> Bound:
 
 
 OPS: dict[str, Callable[[Machine, Instruction], Bound]] = {
+    "addc": carried, "subc": carried, "madc": carried,
     "add": ufunc(np.add, 2), "sub": ufunc(np.subtract, 2), "mul": multiply, "mad": multiply_add, "fma": fma, "div": divide, "rem": remainder,
     "min": minimum, "max": maximum, "shl": shift, "shr": shift, "shf": funnel, "and": logic(np.bitwise_and), "or": logic(np.bitwise_or),
     "xor": logic(np.bitwise_xor), "not": logic(np.invert), "setp": setp, "set": set_value, "selp": select, "slct": select_sign,

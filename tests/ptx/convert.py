@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx.arith import bf16_to_f32, f32_to_bf16
+from tests.ptx.arith import bf16_to_f32, directed, f32_to_bf16
 from tests.ptx.errors import EmulatorError
 from tests.ptx.machine import DTYPE, LOCAL_WINDOW, RAW, SHARED_WINDOW, Array, Bound, Machine
 from tests.ptx.parser import WIDTH, Instruction, Operand
@@ -145,15 +145,6 @@ def conversion(to: str, source: str, parts: list[str]) -> Callable[[Array], Arra
 
         return clamp
     return lambda x: x.astype(dtype)
-
-
-def directed(x: Array, y: Array, toward: str) -> Array:
-    """Correct the rounding of y = nearest(x): towards zero, down or up."""
-    exact, rounded = x.astype(np.float64), y.astype(np.float64)
-    if toward == "rz":
-        return np.where(np.abs(rounded) > np.abs(exact), np.nextafter(y, y.dtype.type(0)), y)
-    wrong = rounded > exact if toward == "rm" else rounded < exact
-    return np.where(wrong, np.nextafter(y, y.dtype.type(-np.inf if toward == "rm" else np.inf)), y)
 
 
 def float_to_int(x: Array, dtype: Any) -> Array:

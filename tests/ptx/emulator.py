@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tests.ptx.errors import EmulatorError
+from tests.ptx.inline import unfold
 from tests.ptx.loadstore import copies_of
 from tests.ptx.machine import DTYPE, Machine, size_of
 from tests.ptx.memory import Memory, Region, Window
@@ -32,7 +33,9 @@ def parsed(text: str) -> Module:
     """The module of a text, parsed once."""
     digest = hashlib.sha256(text.encode()).hexdigest()
     if digest not in _parsed:
-        _parsed[digest] = parse(text)
+        module = parse(text)
+        unfold(module)
+        _parsed[digest] = module
     return _parsed[digest]
 
 
@@ -101,7 +104,7 @@ class Emulator:
         races: bool = True,
         poison: bool = True,
         cooperative: bool = False,
-        batch_lanes: int = 8192,
+        batch_lanes: int = 4096,
         step_limit: int = 2_000_000,
         conflict_samples: int = 4,
     ) -> dict[str, Any]:

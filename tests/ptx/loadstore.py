@@ -15,7 +15,7 @@ from tests.ptx.errors import EmulatorError
 from tests.ptx.machine import DTYPE, LOCAL_WINDOW, RAW, SHARED_WINDOW, Array, Bound, Machine
 from tests.ptx.memory import out_of_bounds
 from tests.ptx.parser import WIDTH, Instruction, Operand
-from tests.ptx.shared import MANY, PENDING, UNWRITTEN, WRITTEN  # noqa: F401
+from tests.ptx.shared import PENDING, wide_view
 
 Lanes = Array | None
 
@@ -84,7 +84,8 @@ class Port:
                 machine.shared.write(self.instruction, at, lanes, nbytes)
             else:
                 machine.shared.read(self.instruction, at, lanes, nbytes)
-            return at, machine.shared.flat[self.width], machine.shared.rows[self.width, self.count]
+            flat = machine.shared.flat[self.width]
+            return at, flat, flat.reshape(-1, self.count)
         if space in ("global", "const"):
             window = machine.window
             at = address - window.base
@@ -140,12 +141,12 @@ class Port:
     def store(self, address: Array, lanes: Lanes, values: Array) -> None:
         """Write (n, count) words."""
         for space, part, chosen, which in self.split(address, lanes):
-            at, flat, rows = self.locate(space, part, chosen, True)
+            at, flat, _ = self.locate(space, part, chosen, True)
             some = values if which is None else values[which]
             if self.count == 1:
                 flat[at >> self.shift] = some[:, 0]
             else:
-                rows[at >> self.row_shift] = some
+                wide_view(flat, self.nbytes)[at >> self.row_shift] = wide_view(some.reshape(-1), self.nbytes)
 
 
 def bank_ways(address: Array, nbytes: int) -> float:
@@ -476,7 +477,7 @@ class AsyncCopies:
             if left is not None:
                 done = done & (group < self.group[lanes] - left)
             if done.any():
-                shared.rows[1, data.shape[1]][at[done] // data.shape[1]] = data[done]
+                shared.flat[data.shape[1]][at[done] // data.shape[1]] = wide_view(data[done].reshape(-1), data.shape[1])
                 shared.write(instruction, at[done], lanes[done], data.shape[1])
             if not done.all():
                 keep = ~done

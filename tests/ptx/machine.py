@@ -50,6 +50,7 @@ class Machine:
         self.window = Window(Memory())
         self.symbols = dict(symbols)
         self.raw = {n: np.zeros(self.lanes, np.bool_ if k == "pred" else RAW[WIDTH[k]]) for n, k in kernel.registers.items()}
+        self.carry = np.zeros(self.lanes, np.bool_)
         self.scratches: dict[tuple[Any, int], Array] = {}
         self.launch_values: dict[str, Array] = {}
         self.param_bytes = np.zeros(max([offset + size_of(kind) for _, kind, offset in kernel.params] or [8]) + 16, np.uint8)

@@ -77,6 +77,7 @@ class Kernel:
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     tables: dict[str, list[str]] = field(default_factory=dict)
+    returns: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -188,7 +189,7 @@ class Parser:
         self.at = match.end()
         if match[5] == ";":
             return
-        kernel = Kernel(match[2], parameters(match[3] or ""), entry)
+        kernel = Kernel(match[2], parameters(match[3] or ""), entry, returns=[name for name, _, _ in parameters(match[1] or "")])
         (self.module.kernels if entry else self.module.functions)[kernel.name] = kernel
         Body(self, kernel).parse()
 
@@ -247,7 +248,7 @@ class Body:
                 self.open_labels.pop()
                 if not self.scopes:
                     break
-            elif text.startswith((".loc", ".file"), parser.at):
+            elif re.match(r"\.(loc|file)\s", text[parser.at : parser.at + 6]):
                 parser.at = text.index("\n", parser.at)
             elif match := label.match(text, parser.at):
                 parser.at = match.end()

@@ -108,6 +108,7 @@ class Program:
         self.needed = np.zeros(machine.lanes, np.int64)
         self.resume = np.zeros(machine.lanes, np.int64)
         self.arrivals: dict[int, Array] = {}
+        self.brought: dict[int, Array] = {}
 
     def bind(self, instruction: Instruction) -> Bound:
         machine, word = self.machine, instruction.parts[0]
@@ -275,7 +276,7 @@ class Program:
             and count == self.alive_count
             and not (self.arrived >= 0).any()
         ):
-            machine.shared.barrier(None)
+            machine.shared.barrier_all()
             self.send(block.next, mask)
             return
         if threads is not None:
@@ -287,8 +288,7 @@ class Program:
         numbers = np.broadcast_to(number, machine.lanes)
         if "arrive" in parts:
             for each in np.unique(numbers[mask]):
-                counts = (mask & (numbers == each)).reshape(machine.blocks, -1).sum(axis=1)
-                self.arrivals[int(each)] = self.arrivals.get(int(each), np.zeros(machine.blocks, np.int64)) + counts
+                self.arrive(int(each), mask & (numbers == each))
             self.send(block.next, mask)
         else:
             self.arrived[mask] = numbers[mask]
@@ -297,6 +297,17 @@ class Program:
             if reduces:
                 self.reducing = instruction
         self.release()
+
+    def arrive(self, number: int, mask: Array) -> None:
+        """bar.arrive: counted, and what these warps did until now is known to who waits."""
+        machine = self.machine
+        if number not in self.arrivals:
+            self.arrivals[number] = np.zeros(machine.blocks, np.int64)
+            self.brought[number] = np.zeros((machine.blocks, 64), np.int32)
+        self.arrivals[number] += mask.reshape(machine.blocks, -1).sum(axis=1)
+        rows = np.flatnonzero(mask.reshape(-1, 32).any(axis=1))
+        known = machine.shared.arrive(rows)
+        np.maximum.at(self.brought[number], rows // machine.shared.warps, known)
 
     def release(self) -> None:
         """Let go the thread blocks whose barrier is complete."""
@@ -312,10 +323,13 @@ class Program:
             if not done.any():
                 continue
             lanes = (here & done[:, None]).reshape(-1)
+            given = None
             if int(number) in self.arrivals:
                 self.arrivals[int(number)][done] = 0
+                given = np.where(done[:, None], self.brought[int(number)], 0)
+                self.brought[int(number)][done] = 0
             self.arrived[lanes] = -1
-            machine.shared.barrier(np.flatnonzero(np.repeat(done, machine.block_lanes)))
+            machine.shared.barrier(lanes.reshape(-1, 32).any(axis=1).reshape(machine.blocks, -1), given)
             for to in np.unique(self.resume[lanes]):
                 group = lanes & (self.resume == to)
                 before = self.blocks[int(to) - 1].last

@@ -10,6 +10,7 @@ A format of fewer bits gets a function of its own beside `sixteen_bits`. Knows n
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from engine.cuda import ptx
@@ -30,33 +31,42 @@ def tile_bytes(head_dim: int) -> int:
     return 2 * TILE * pitch(head_dim)
 
 
-def sixteen_bits(kv_heads: int, head_dim: int, block_seq_len: int, lanes: int = 32) -> Callable[..., Any]:
-    """copy(kv, table, head, position, low, stop, to, lane): queue the 16-byte copies of a tile, `lanes` threads together.
+@dataclass(frozen=True, slots=True)
+class TileCopy:
+    """How a format of the pool is read, as two functions that kernels inline.
 
-    kv uint64: address of the layer's pool [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim], 16 bits an element.
-    table uint64: address of the row's block table. head: KV head. position: of the tile's first row, a multiple of 16; any
-    int32 >= 0. to uint32: shared address. The caller commits and waits.
+    find(table, position, stop) -> uint32: where the pool has the tile, a load to be issued early.
+    copy(kv, table, found, head, position, low, stop, to, lane): queue the copies of one tile by 32 lanes.
+
+    kv uint64: address of the layer's pool. table uint64: address of the row's block table. position: of the tile's first row,
+    int32, a multiple of 16 that may be beyond `stop`. head: KV head. to: shared address. Commit and wait are the caller's.
     """
+
+    find: Callable[..., Any]
+    copy: Callable[..., Any]
+
+
+def sixteen_bits(kv_heads: int, head_dim: int, block_seq_len: int) -> TileCopy:
+    """For pools of 16-bit elements, [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim], and any block_seq_len: whole tiles
+    lie in one block when it is a multiple of 16, else every piece looks its block up."""
     row = head_dim // 8  # 16-byte pieces of a row
-    copies = TILE * row // lanes
-    if TILE * row % lanes:
-        raise ValueError(f"{lanes} threads cannot share the {TILE * row} pieces of a tile evenly")
+    copies = TILE * row // 32
     head_bytes = 2 * block_seq_len * head_dim
     block_bytes = 2 * kv_heads * head_bytes
     value_bytes, value_at = kv_heads * head_bytes, TILE * pitch(head_dim)
-    copy_16 = ptx.copy_async_16_or_zero
-    load_32 = ptx.load_32
-    one_block = block_seq_len % TILE == 0
+    copy_16, load_32 = ptx.copy_async_16_or_zero, ptx.load_32
 
     @cuda.jit(device=True, inline="always")
-    def whole(kv, table, head, position, low, stop, to, lane):  # type: ignore[no-untyped-def]
-        last = i32(min(position, i32(stop - 1)))  # a tile beyond the context looks up a block that exists
-        block = load_32(u64(table + u64(u32(last // block_seq_len)) * u64(4)))
-        start = u64(
-            kv + u64(block) * u64(block_bytes) + u64(u32(head)) * u64(head_bytes) + u64(u32(position % block_seq_len)) * u64(2 * head_dim)
-        )
+    def find(table, position, stop):  # type: ignore[no-untyped-def]
+        last = u32(min(position, i32(stop - i32(1))))  # a tile beyond the context looks up a block that exists
+        return load_32(u64(table + u64(u32(last // u32(block_seq_len))) * u64(4)))
+
+    @cuda.jit(device=True, inline="always")
+    def whole(kv, table, found, head, position, low, stop, to, lane):  # type: ignore[no-untyped-def]
+        inside = u32(u32(position) % u32(block_seq_len))
+        start = u64(kv + u64(found) * u64(block_bytes) + u64(u32(u32(head) * u32(head_bytes) + inside * u32(2 * head_dim))))
         for i in range(copies):
-            piece = u32(lane + u32(lanes * i))
+            piece = u32(lane + u32(32 * i))
             offset = u32(piece // u32(row))
             at = i32(position + i32(offset))
             size = u32(16) if low <= at and at < stop else u32(0)
@@ -66,19 +76,23 @@ def sixteen_bits(kv_heads: int, head_dim: int, block_seq_len: int, lanes: int = 
             copy_16(u32(target + u32(value_at)), u64(source + u64(value_bytes)), size)
 
     @cuda.jit(device=True, inline="always")
-    def scattered(kv, table, head, position, low, stop, to, lane):  # type: ignore[no-untyped-def]
+    def found_later(table, position, stop):  # type: ignore[no-untyped-def]
+        return u32(0)
+
+    @cuda.jit(device=True, inline="always")
+    def scattered(kv, table, found, head, position, low, stop, to, lane):  # type: ignore[no-untyped-def]
         for i in range(copies):
-            piece = u32(lane + u32(lanes * i))
+            piece = u32(lane + u32(32 * i))
             offset = u32(piece // u32(row))
             at = i32(position + i32(offset))
-            inside = i32(min(at, i32(stop - 1)))
-            block = load_32(u64(table + u64(u32(inside // block_seq_len)) * u64(4)))
-            start = u64(kv + u64(block) * u64(block_bytes) + u64(u32(head)) * u64(head_bytes))
-            element = u32(u32(inside % block_seq_len) * u32(head_dim) + u32(piece - offset * u32(row)) * u32(8))
-            source = u64(start + u64(element) * u64(2))
+            last = u32(min(at, i32(stop - i32(1))))
+            index = u32(last // u32(block_seq_len))
+            start = u64(kv + u64(load_32(u64(table + u64(index) * u64(4)))) * u64(block_bytes))
+            inside = u32(u32(last - index * u32(block_seq_len)) * u32(head_dim) + u32(piece - offset * u32(row)) * u32(8))
+            source = u64(start + u64(u32(u32(head) * u32(head_bytes) + inside * u32(2))))
             size = u32(16) if low <= at and at < stop else u32(0)
             target = u32(to + u32(piece + offset) * u32(16))
             copy_16(target, source, size)
             copy_16(u32(target + u32(value_at)), u64(source + u64(value_bytes)), size)
 
-    return whole if one_block else scattered
+    return TileCopy(find, whole) if block_seq_len % TILE == 0 else TileCopy(found_later, scattered)

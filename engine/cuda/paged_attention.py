@@ -73,7 +73,6 @@ def paged_decode(
     steps = head_dim // 16  # tiles of 16 dims
     row_pitch, value_at, slot_bytes = pitch(head_dim), TILE * pitch(head_dim), tile_bytes(head_dim)
     threads = 32 * warps
-    strip = warps * TILE
     ring_bytes = stages * slot_bytes
     flag_at = warps * ring_bytes  # one word after the rings
     # what a warp leaves in the slot it read last: numerators [set_heads, head_dim + 4 floats], then maxima and denominators
@@ -85,7 +84,8 @@ def paged_decode(
     scale = f32(head_dim**-0.5 * LOG2_E)
     nothing, zero, one = f32(NOTHING), f32(0.0), f32(1.0)
     mma, pack, wait = ptx.MMA[dtype], ptx.PACK[dtype], ptx.COPY_WAIT[stages - 1]
-    copy_tile = sixteen_bits(kv_heads, head_dim, block_seq_len)
+    pool_format = sixteen_bits(kv_heads, head_dim, block_seq_len)
+    find_tile, copy_tile = pool_format.find, pool_format.copy
     query_words, fragments, totals = columns * steps * 2, columns * steps * 4, pieces * 4
     score_words = columns * 4
     column_words = columns * 2
@@ -93,7 +93,6 @@ def paged_decode(
     batch_totals, batch_pairs = batch * 4, batch * 2
     lane_steps = (4, 8, 16)
     out_stride = kv_heads * group * head_dim
-    set_stride = sections * record
     if pairs_at + 16 * 8 > slot_bytes:
         raise ValueError(f"head_dim {head_dim}: a slot of {slot_bytes} bytes does not hold a warp's sums")
 
@@ -177,7 +176,8 @@ def paged_decode(
                     p_end = i32(min(i32(last_stop * i32(r4)), p_end))
             if p_strip < p_end:
                 position = i32(p_base + i32(u32(u32(p_strip) * u32(warps) + warp) * u32(TILE)))
-                copy_tile(kv_address, p_table, kv_head, position, p_low, p_stop, p_slot, lane)
+                found = find_tile(p_table, position, p_stop)
+                copy_tile(kv_address, p_table, found, kv_head, position, p_low, p_stop, p_slot, lane)
                 p_strip = i32(p_strip + i32(1))
                 p_slot = u32(p_slot + u32(slot_bytes))
                 if p_slot == ring_end:

@@ -96,9 +96,9 @@ async def record(args: argparse.Namespace, trace: Path) -> list[dict[str, Any]]:
     work = offline.Work(False, (args.rows,), (), 0, 1.0, needed, 1)
     args.set = [*args.set, "engine.executor=process"]
     config = offline.configure(args, work)
+    engine = build_engine(config, resolve_spec(config))
     os.environ |= wish.export()
     original, worker.worker_main = worker.worker_main, profiled_rank
-    engine = build_engine(config, resolve_spec(config))
     tracer = Tracer("server")
     try:
         await engine.start()

@@ -24,7 +24,8 @@ CONTEXT_BYTES = 640 * MIB
 GRAPHS_BYTES = 128 * MIB
 SPLIT_ROWS = 64  # most rows of a product whose input channels are split over thread blocks
 SPLITS = 8  # most parts they are split into
-ATTENTION_SPLITS = 64  # most parts of a context that one head's decode attention is split into
+SECTIONS = 64  # most sections of a context in decode attention
+THREAD_BLOCKS = 2 * 148  # of decode attention on the largest card so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +113,11 @@ def _stacked_shapes(spec: ModelSpec, share: Share) -> list[tuple[int, int]]:
     return [(sum(shapes[m][0] for m in members), shapes[members[0]][1]) for members in LINEARS.values()]
 
 
-def attention_bytes(rows: int, spec: ModelSpec, share: Share) -> int:
-    """float32 partial outputs, and a maximum and a sum, of each part of a context, in decode attention of `rows` rows."""
-    return rows * share.heads * ATTENTION_SPLITS * (spec.head_dim + 2) * 4
+def attention_bytes(spec: ModelSpec, share: Share) -> int:
+    """float32 partial outputs, with a maximum and a sum for each head, of the sections of contexts that thread blocks share in
+    decode attention (`engine/cuda/paged_attention.py`)."""
+    group = share.heads // share.kv_heads
+    return THREAD_BLOCKS * SECTIONS * group * (spec.head_dim + 2) * 4
 
 
 def state_bytes(slots: int, length: int, block_seq_len: int) -> int:
@@ -123,8 +126,9 @@ def state_bytes(slots: int, length: int, block_seq_len: int) -> int:
 
 
 def sampling_bytes(slots: int, vocab: int) -> int:
-    """How often each id was generated (int32) and a working copy of the logits (float32)."""
-    return 8 * slots * vocab
+    """How often each id was seen (uint16) and which may come (a bit) for every slot and a dummy one, and a copy of the logits
+    before they are edited (float32) (`engine/cuda/sampling_kernels.py`)."""
+    return (slots + 1) * (2 * vocab + -(-vocab // 32) * 4) + 4 * slots * vocab
 
 
 def workspace(config: Config, spec: ModelSpec, share: Share, length: int, scratch_bytes: int) -> dict[str, int]:
@@ -137,7 +141,7 @@ def workspace(config: Config, spec: ModelSpec, share: Share, length: int, scratc
         "logits": 4 * slots * spec.vocab_size * (2 if knobs.tp > 1 else 1),
         "dequantized matrix": scratch_bytes,
         "split products": split_bytes(spec, share),
-        "split attention": attention_bytes(slots, spec, share),
+        "split attention": attention_bytes(spec, share),
         "sampling": sampling_bytes(slots, spec.vocab_size),
         "batch tables": state_bytes(slots, length, config.cache.cache_block_seq_len),
         "rope tables": 4 * (length + 1) * rotary,

@@ -225,6 +225,21 @@ def test_a_machine_without_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert 0 < free_memory(Config(engine=Engine(device="cpu"))) < 1 << 50
 
 
-def test_nothing_but_the_formulas_is_asked(tmp_path: Path) -> None:
-    assert plan_cuda.state_bytes(2, 100, 64) == 4 * 3 * (101 + 2)
-    assert plan_cuda.sampling_bytes(3, 10) == 240
+def test_formulas_are_those_of_who_allocates() -> None:
+    pytest.importorskip("numba_cuda")
+    from engine.cuda.paged_attention import PagedDecode
+    from engine.cuda.state import State
+
+    assert plan_cuda.state_bytes(2, 100, 64) == 4 * 3 * (101 + 2) == State.nbytes(2, 100, 64)
+    assert plan_cuda.sampling_bytes(3, 33) == 4 * (2 * 33 + 2 * 4) + 4 * 3 * 33
+    for heads, kv_heads, head_dim, multiprocessors in (
+        (32, 8, 128, 132),
+        (28, 4, 128, 132),
+        (9, 3, 64, 132),
+        (32, 32, 128, 108),
+        (4, 1, 256, 84),
+    ):
+        spec = spec_from_config(awq_config(hidden=heads * head_dim, heads=heads, kv_heads=kv_heads), {})
+        held = PagedDecode(None, heads, kv_heads, head_dim, 64, "float16", 256, multiprocessors, (9, 0)).scratch_bytes  # type: ignore[arg-type]
+        planned_bytes = plan_cuda.attention_bytes(spec, largest_share(spec, 1))
+        assert planned_bytes / 8 < held < 2 * planned_bytes, (heads, held, planned_bytes)

@@ -10,6 +10,9 @@ contexts    int32 [R]       positions that exist after this step (start + count)
 tables      int32 [R, B]    block tables; entries beyond a row's own blocks are -1 and must not be read
 sampled     int32 [S]       token index of the last token of each sampled row
 num_decode                  rows 0 .. num_decode - 1 have exactly one token and are sampled
+
+For prompt logprobs, which a prompt id gets from the logits one position before it:
+`Scored` says at which P token indices logits are wanted beside `sampled`, and for which prompt ids
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.step import Admit, StepPlan
+
+NO_TOKENS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +49,23 @@ class Batch:
         return len(self.contexts)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """The prompt ids that a step finds the logprobs of; all [P] but `top`."""
+
+    tokens: np.ndarray  # token index of the position before it
+    rows: np.ndarray  # row of the plan
+    positions: np.ndarray  # of the prompt id itself
+    ids: np.ndarray  # the prompt id
+    top: list[int]  # how many of the most likely ids are wanted beside it
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+NOTHING_SCORED = Scored(NO_TOKENS, NO_TOKENS, NO_TOKENS, NO_TOKENS, [])
+
+
 class Slots:
     """The persistent batch on the runner's side: ids and block table of every slot."""
 
@@ -52,16 +74,20 @@ class Slots:
         self.ids = np.full((max_batch_size, session_len + 1), -1, np.int32)
         self.tables = np.full((max_batch_size, -(-(session_len + 1) // block_seq_len)), -1, np.int32)
         self.num_blocks = np.zeros(max_batch_size, np.int32)
+        self._prompts: dict[int, tuple[int, int]] = {}  # slot -> (num_prompt, top) where prompt logprobs are wanted
 
     def release(self, slot: int) -> None:
         self.tables[slot, : self.num_blocks[slot]] = -1
         self.num_blocks[slot] = 0
+        self._prompts.pop(slot, None)
 
     def admit(self, admit: Admit) -> None:
         self.release(admit.slot)
         self.ids[admit.slot, : len(admit.token_ids)] = admit.token_ids
         self.tables[admit.slot, : len(admit.blocks)] = admit.blocks
         self.num_blocks[admit.slot] = len(admit.blocks)
+        if admit.params.prompt_logprobs >= 0:
+            self._prompts[admit.slot] = (admit.num_prompt, admit.params.prompt_logprobs)
 
     def apply(self, plan: StepPlan) -> None:
         """Releases, admits, new blocks, in this order."""
@@ -98,3 +124,20 @@ class Slots:
             sampled_slots=tuple(slots[samples].tolist()),
             num_decode=int(others[0]) if len(others) else len(slots),
         )
+
+    def scored(self, plan: StepPlan) -> Scored:
+        """The prompt ids whose logprobs the rows of an applied plan bring: those after a position they compute."""
+        if not self._prompts or not any(slot in self._prompts for slot in plan.slots):
+            return NOTHING_SCORED
+        tokens, rows, positions, ids, top = [], [], [], [], []
+        first = 0
+        for row, (slot, start, count) in enumerate(zip(plan.slots, plan.starts, plan.counts, strict=True)):
+            num_prompt, k = self._prompts.get(slot, (0, 0))
+            n = max(0, min(start + count, num_prompt - 1) - start)
+            tokens.append(np.arange(first, first + n, dtype=np.int32))
+            rows.append(np.full(n, row, np.int32))
+            positions.append(np.arange(start + 1, start + 1 + n, dtype=np.int32))
+            ids.append(self.ids[slot, start + 1 : start + 1 + n])
+            top += [k] * n
+            first += count
+        return Scored(np.concatenate(tokens), np.concatenate(rows), np.concatenate(positions), np.concatenate(ids), top)

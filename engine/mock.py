@@ -7,7 +7,9 @@ a skipped or doubled position raises `MockCanaryError` in the step where it happ
 
     hash of ids[0 .. p]   H(p) = sum of (ids[i] + 1) * R(i) modulo 2**64, R(i) = mix(i) | 1
     canary of p           C(p) = mix(H(p) + R(p mod block_seq_len)); compared as sums over whole blocks
-    next id               x = mix(H(last) + mix(seed)); end of sequence where x % 64 == 0, else 32 + (x >> 8) % 95
+    next id               x = mix(H(last) + mix(seed)); end of sequence where x % 64 == 0, else 32 + (x >> 8) % 95;
+                          where a mask forbids it, the next that is not: of the allowed ids, else of the printable ones
+    prompt logprobs       prompt id p has rank r = mix(H(p)) % 8 and logprob -(r + 1)
     seed                  the sequence's; 0 where it is sampled greedily
 """
 
@@ -23,7 +25,7 @@ from config.schema import Config
 from engine.batch import Batch, Slots
 from engine.models.spec import ModelSpec
 from engine.sequence import SamplingParams
-from engine.step import Admit, Logprobs, StepPlan, StepResult
+from engine.step import NOTHING_LEFT, Admit, Logprobs, StepPlan, StepResult
 
 EOS_ONE_IN = 64  # the share of answers' ids that are the end of the sequence
 FIRST_PRINTABLE, NUM_PRINTABLE = 32, 95  # ids that are bytes: the ASCII characters from space to ~
@@ -74,8 +76,9 @@ class MockRunner:
         slots = np.asarray(plan.slots)
         self._compute(batch, np.repeat(slots, np.asarray(plan.counts)))
         self._read_back(batch, slots)
+        prompt = self._score(plan)
         ids, logprobs = self._sample(batch)
-        return StepResult(plan.step, tuple(ids), tuple(logprobs), int((time.perf_counter() - started) * 1e6))
+        return StepResult(plan.step, tuple(ids), tuple(logprobs), int((time.perf_counter() - started) * 1e6), tuple(prompt))
 
     def _apply(self, plan: StepPlan) -> None:
         for slot in plan.releases:
@@ -144,12 +147,22 @@ class MockRunner:
         logprobs = []
         for row, slot in enumerate(batch.sampled_slots):
             admit = self._admits[slot]
-            if admit is not None and (admit.params.min_tokens or self._eos < 0):
-                ids[row] = unmasked(int(ids[row]), int(x[row]), masked(admit, int(last[row]) + 1 - admit.num_prompt))
-            if admit is not None and admit.params.logprobs >= 0:
+            if admit is not None and (self._eos < 0 or not admit.params.plain):
+                n = int(last[row]) + 1
+                answer = self._slots.ids[slot, admit.num_prompt : n].tolist()
+                ids[row] = unmasked(int(ids[row]), int(x[row]), admit.params, masked(admit.params, admit.eos_token_ids, answer))
+            if admit is not None and admit.params.logprobs >= 0 and ids[row] >= 0:
                 logprobs.append((row, mock_logprobs(int(ids[row]), admit.params.logprobs)))
-        self._append(slots, last + 1, ids)
+        self._append(slots, last + 1, np.maximum(ids, 0))
         return ids.tolist(), logprobs
+
+    def _score(self, plan: StepPlan) -> list[tuple[int, int, Logprobs]]:
+        scored = self._slots.scored(plan)
+        out = []
+        for row, position, token, k in zip(scored.rows.tolist(), scored.positions.tolist(), scored.ids.tolist(), scored.top):
+            hashed = int(mix(self._hashes[plan.slots[row], position]))
+            out.append((row, position, mock_prompt_logprobs(token, hashed, k)))
+        return out
 
     def _append(self, slots: np.ndarray, positions: np.ndarray, ids: np.ndarray) -> None:
         """A sampled id is the slot's next one."""
@@ -178,20 +191,28 @@ def printable(x: np.ndarray) -> np.ndarray:
     return np.uint64(FIRST_PRINTABLE) + (x >> np.uint64(8)) % np.uint64(NUM_PRINTABLE)
 
 
-def masked(admit: Admit, num_generated: int) -> frozenset[int]:
-    """The ids that may not follow: what would end the answer before min_tokens; -1 where there is no end-of-sequence id."""
-    params = admit.params
-    ends = {-1, *params.stop_token_ids, *(() if params.ignore_eos else admit.eos_token_ids)}
-    return frozenset(ends if num_generated < params.min_tokens else {-1})
+def masked(params: SamplingParams, eos_token_ids: Sequence[int], answer: Sequence[int]) -> frozenset[int]:
+    """The ids that may not follow `answer`: what would end it before min_tokens, and what completes a bad word.
+
+    -1 stands for the end-of-sequence id where there is none.
+    """
+    banned = {-1}
+    if len(answer) < params.min_tokens:
+        banned |= {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+    for *before, last in params.bad_words:
+        if list(answer[len(answer) - len(before) :]) == before and len(answer) >= len(before):
+            banned.add(last)
+    return frozenset(banned)
 
 
-def unmasked(token: int, x: int, banned: frozenset[int]) -> int:
-    """`token`, or where it is banned the next printable id that is not."""
-    step = 0
-    while token in banned and step < NUM_PRINTABLE:
-        token = FIRST_PRINTABLE + ((x >> 8) + step) % NUM_PRINTABLE
-        step += 1
-    return token
+def unmasked(token: int, x: int, params: SamplingParams, banned: frozenset[int]) -> int:
+    """`token`, or where it is forbidden the next id that is not: allowed ones, else printable ones; NOTHING_LEFT without."""
+    allowed = sorted(set(params.allowed_token_ids))
+    if token not in banned and (not allowed or token in allowed):
+        return token
+    others = allowed or range(FIRST_PRINTABLE, FIRST_PRINTABLE + NUM_PRINTABLE)
+    turned = (others[((x >> 8) + step) % len(others)] for step in range(len(others)))
+    return next((other for other in turned if other not in banned), NOTHING_LEFT)
 
 
 def mock_logprobs(token: int, k: int) -> Logprobs:
@@ -199,6 +220,14 @@ def mock_logprobs(token: int, k: int) -> Logprobs:
     others = [FIRST_PRINTABLE + (max(token - FIRST_PRINTABLE, 0) + j) % NUM_PRINTABLE for j in range(1, NUM_PRINTABLE)]
     top = tuple([token, *(other for other in others if other != token)][:k])
     return Logprobs(float(-np.log(2.0)), 0, top, tuple(float(-np.log(2.0)) * (j + 1) for j in range(len(top))))
+
+
+def mock_prompt_logprobs(token: int, hashed: int, k: int) -> Logprobs:
+    """Of a prompt id with mixed hash `hashed`: rank r = hashed % 8, and the ids ranked before and after it are printable."""
+    rank = hashed % 8
+    others = [other for other in range(FIRST_PRINTABLE, FIRST_PRINTABLE + NUM_PRINTABLE) if other != token]
+    top = tuple([*others[:rank], token, *others[rank:]][:k])
+    return Logprobs(-1.0 - rank, rank, top, tuple(-1.0 - j for j in range(len(top))))
 
 
 def mock_answer(prompt_ids: Sequence[int], params: SamplingParams, eos_token_ids: Sequence[int] = (MOCK_EOS,)) -> list[int]:
@@ -218,10 +247,9 @@ def mock_answer(prompt_ids: Sequence[int], params: SamplingParams, eos_token_ids
     while len(answer) < params.max_tokens and not (answer and answer[-1] in ends):
         x = mixed((hashed + salt) & _WORD)
         token = eos_token_ids[0] if x % EOS_ONE_IN == 0 else FIRST_PRINTABLE + (x >> 8) % NUM_PRINTABLE
-        step = 0
-        while len(answer) < params.min_tokens and token in ends and step < NUM_PRINTABLE:
-            token = FIRST_PRINTABLE + ((x >> 8) + step) % NUM_PRINTABLE
-            step += 1
+        token = unmasked(token, x, params, masked(params, eos_token_ids, answer))
+        if token == NOTHING_LEFT:
+            break
         hashed = (hashed + (token + 1) * (mixed(len(ids)) | 1)) & _WORD
         ids.append(token)
         answer.append(token)

@@ -1,6 +1,6 @@
 """Logits -> ids, on the host: what `SamplingParams` asks for, row by row, in the order its docstring states.
 
-    raw logprobs | logit_bias, repetition, presence and frequency penalty, min_tokens mask | temperature, top_k,
+    raw logprobs | logit_bias, repetition, presence and frequency penalty | masks | temperature, top_k,
     top_p, min_p | draw
 
 The answer of a sequence is a function of its logits, its parameters and the position of the id: not of slot,
@@ -11,13 +11,16 @@ batch-mates, preemption or prompt parts. The random number of a row is Philox4x3
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from engine import sampler_kernels as kernels
+from engine.batch import Scored
 from engine.sequence import SamplingParams
-from engine.step import BAD_LOGITS, Admit, Logprobs
+from engine.step import BAD_LOGITS, NOTHING_LEFT, Admit, Logprobs
 
 MAX_INVERSE_TEMPERATURE = 1e30  # a smaller temperature than its inverse is as good as 0
 
@@ -64,18 +67,22 @@ class Sampler:
     def sample(self, logits: np.ndarray, slots: Sequence[int]) -> tuple[list[int], list[tuple[int, Logprobs]]]:
         """logits float32 [S, vocab], row i of slot `slots[i]`; may be changed in place. -> ids, (index, logprobs) pairs.
 
-        A row holding NaN or +inf, or nothing above -inf after its edits, gives BAD_LOGITS and leaves its slot as it was.
+        A row holding NaN or +inf, or nothing above -inf, gives BAD_LOGITS and leaves its slot as it was; one of which the
+        masks leave nothing gives NOTHING_LEFT.
         """
         if logits.shape != (len(slots), self.vocab_size) or logits.dtype != np.float32:
             raise ValueError(f"logits are {logits.dtype} {logits.shape}, not float32 {(len(slots), self.vocab_size)}.")
         logits = np.ascontiguousarray(logits)
         raw: dict[int, np.ndarray] = {}
+        exhausted: set[int] = set()
         for row, slot in enumerate(slots):
             edits = self._edits[slot]
             if edits is not None:
                 if self._logprobs[slot] >= 0:
                     raw[row] = logits[row].copy()
                 edits.apply(logits[row])
+                if not edits.mask(logits[row]) and edits.chooses:
+                    exhausted.add(row)
         chosen = np.empty(len(slots), np.int64)
         rows = np.asarray(slots, np.int64)
         kernels.sample_rows(logits, logits.view(np.int32), rows, self._knobs, self._scratch, chosen)
@@ -85,7 +92,7 @@ class Sampler:
         for row, slot in enumerate(slots):
             token = ids[row]
             if token == kernels.NO_ID:
-                ids[row] = BAD_LOGITS
+                ids[row] = NOTHING_LEFT if row in exhausted else BAD_LOGITS
                 continue
             edits = self._edits[slot]
             if edits is not None:
@@ -93,6 +100,16 @@ class Sampler:
             if self._logprobs[slot] >= 0:
                 asked.append((row, self._describe(raw.get(row, logits[row]), token, self._logprobs[slot])))
         return ids, asked
+
+    def score(self, logits: np.ndarray, scored: Scored) -> list[tuple[int, int, Logprobs]]:
+        """logits float32 [P, vocab], row i at token index `scored.tokens[i]` -> (row of the plan, position, logprobs) of prompt ids."""
+        logits = np.ascontiguousarray(logits)
+        usable = np.isfinite(logits.max(axis=1)) if len(logits) else ()  # NaN and +inf are the maximum of their row
+        rows, positions, ids = scored.rows.tolist(), scored.positions.tolist(), scored.ids.tolist()
+        return [
+            (rows[i], positions[i], self._describe(logits[i], ids[i], scored.top[i]) if usable[i] else Logprobs(-math.inf, self.vocab_size))
+            for i in range(len(logits))
+        ]
 
     def _describe(self, row: np.ndarray, token: int, k: int) -> Logprobs:
         highest, log_total, rank, n = kernels.row_logprobs(
@@ -105,7 +122,7 @@ class Sampler:
 
 
 class _Edits:
-    """What changes the logits of one slot before temperature: bias, penalties, and the min_tokens mask."""
+    """What changes the logits of one slot before temperature: bias, penalties, and masks."""
 
     def __init__(self, admit: Admit) -> None:
         params = admit.params
@@ -113,6 +130,12 @@ class _Edits:
         self.bias_ids = np.array([token for token, _ in params.logit_bias], np.int64)
         self.bias = np.array([addend for _, addend in params.logit_bias], np.float32)
         self.num_generated = len(admit.token_ids) - admit.num_prompt
+        self.allowed = np.unique(np.array(params.allowed_token_ids, np.int64))
+        self.bad_words = params.bad_words
+        longest = max((len(word) for word in params.bad_words), default=1)
+        answer = admit.token_ids[admit.num_prompt :]
+        self.tail: deque[int] = deque(answer, maxlen=longest - 1)  # of the answer: what a bad word may go on from
+        self.chooses = bool(params.allowed_token_ids or params.bad_words)  # masks that a request may well exhaust
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(admit.eos_token_ids))
         self.end_ids = np.array(sorted(ends), np.int64)  # what would end the answer
         self.seen: _Seen | None = None
@@ -122,6 +145,7 @@ class _Edits:
 
     def append(self, token: int) -> None:
         self.num_generated += 1
+        self.tail.append(token)
         if self.seen is not None:
             self.seen.append(token)
 
@@ -132,9 +156,26 @@ class _Edits:
                 row[self.bias_ids] += self.bias
             if self.seen is not None:
                 self.seen.penalise(row, self.params)
-        if self.num_generated < self.params.min_tokens:
-            values = row[self.end_ids]
-            row[self.end_ids] = np.where(values < np.inf, np.float32(-np.inf), values)  # NaN and +inf stay to be found
+
+    def mask(self, row: np.ndarray) -> bool:
+        """Apply the masks in place; False where nothing above -inf is left of a row that had something.
+
+        A row with NaN or +inf stays as it is, to be found.
+        """
+        ending = self.num_generated < self.params.min_tokens
+        if not (ending or self.chooses) or not np.isfinite(row.max()):
+            return True
+        if ending:
+            row[self.end_ids] = -np.inf
+        if len(self.allowed):
+            kept = row[self.allowed]
+            row[:] = -np.inf
+            row[self.allowed] = kept
+        tail = tuple(self.tail)
+        for *before, last in self.bad_words:
+            if not before or tail[-len(before) :] == tuple(before):
+                row[last] = -np.inf
+        return bool(row.max() > -np.inf)
 
 
 class _Seen:

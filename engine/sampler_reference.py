@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.sequence import SamplingParams
-from engine.step import BAD_LOGITS, Logprobs
+from engine.step import BAD_LOGITS, NOTHING_LEFT, Logprobs
 
 
 def sample_reference(
@@ -19,7 +19,10 @@ def sample_reference(
     """The id that follows `token_ids` (prompt, then answer), and its logprobs where asked for; logits [vocab]."""
     probabilities = reference_distribution(logits, params, token_ids, num_prompt, eos_token_ids)
     if probabilities is None:
-        return BAD_LOGITS, None
+        usable = np.isfinite(logits.max())  # NaN and +inf are the maximum
+        edited = reference_edits(logits, params, token_ids, num_prompt, eos_token_ids)
+        chooses = params.allowed_token_ids or params.bad_words
+        return NOTHING_LEFT if usable and chooses and np.isneginf(edited).all() else BAD_LOGITS, None
     token = reference_draw(probabilities, params.seed, len(token_ids))
     return token, reference_logprobs(logits, token, params.logprobs) if params.logprobs >= 0 else None
 
@@ -50,7 +53,7 @@ def reference_distribution(
 def reference_edits(
     logits: np.ndarray, params: SamplingParams, token_ids: Sequence[int], num_prompt: int, eos_token_ids: Sequence[int] = ()
 ) -> np.ndarray:
-    """float64 [vocab]: the logits after logit_bias, penalties and the min_tokens mask."""
+    """float64 [vocab]: the logits after logit_bias, penalties and masks."""
     x = logits.astype(np.float64)
     for token, addend in params.logit_bias:
         x[token] += addend
@@ -62,6 +65,11 @@ def reference_edits(
     if len(answer) < params.min_tokens:
         for token in (*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)):
             x[token] = -np.inf
+    if params.allowed_token_ids:
+        x[[token for token in range(len(x)) if token not in params.allowed_token_ids]] = -np.inf
+    for word in params.bad_words:
+        if answer[len(answer) - len(word) + 1 :] == list(word[:-1]) and len(answer) >= len(word) - 1:
+            x[word[-1]] = -np.inf
     return x
 
 

@@ -13,6 +13,7 @@ Must not know clocks (time is an argument), tensors or text. Pure wing: standard
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 from bisect import bisect_left, insort
@@ -23,12 +24,13 @@ from itertools import count, repeat
 from typing import NamedTuple
 
 from engine.cache.blocks import IntegrityError
-from engine.cache.manager import CacheManager
+from engine.cache.manager import CacheManager, Match
 from engine.errors import BadParameter, ContextLengthExceeded, EngineError
-from engine.sequence import FinishReason, Sequence, Status
-from engine.step import BAD_LOGITS, Admit, StepPlan, StepResult, TokenEvent
+from engine.sequence import FinishReason, SamplingParams, Sequence, Status
+from engine.step import BAD_LOGITS, NOTHING_LEFT, Admit, StepPlan, StepResult, TokenEvent
 
 FINISHED, RUNNING = Status.FINISHED, Status.RUNNING
+MAX_SCORED = 64  # positions of a step whose logits are computed for prompt_logprobs: they take memory beside the plan's
 _token_event = partial(tuple.__new__, TokenEvent)  # from a tuple of its fields, without a Python frame
 
 
@@ -106,6 +108,7 @@ class _Step(NamedTuple):
     sampled: tuple[Sequence, ...]  # in the order of the result's ids
     ids: tuple[int, ...]  # their sequence ids
     filled: list[tuple[Sequence, list[int], int, int]]  # (sequence, its table, first, last): blocks this step completes
+    scored: dict[int, Sequence]  # row of the plan -> sequence, where prompt logprobs come back
 
 
 class Scheduler:
@@ -172,7 +175,8 @@ class Scheduler:
                 f"ask for fewer tokens, or raise cache_max_entry_count.",
             )
         seq.limit = limit
-        seq.stop_ids = frozenset(seq.params.stop_token_ids).union((BAD_LOGITS,), () if seq.params.ignore_eos else seq.eos_token_ids)
+        own = () if seq.params.ignore_eos else seq.eos_token_ids
+        seq.stop_ids = frozenset(seq.params.stop_token_ids).union((BAD_LOGITS, NOTHING_LEFT), own)
         self.sequences[seq.id] = seq
         insort(self.waiting, seq, key=_rank)
         for when in (seq.deadline_s, seq.arrival_s + self.max_queue_age_s):
@@ -214,7 +218,8 @@ class Scheduler:
         rows = self._decoding.rows(self.max_step_tokens - sum([part.length for part in parts]))
         if not parts and not rows.slots:
             return None
-        step = _Step(self._next_step, rows.sequences, rows.ids, [])
+        scored = {len(rows.slots) + i: part.seq for i, part in enumerate(parts) if part.seq.scoring}
+        step = _Step(self._next_step, rows.sequences, rows.ids, [], scored)
         self._next_step += 1
         starts = tuple(self._advance(rows.sequences, step))
         plan = self._assemble(step.number, admits, rows, starts, parts)
@@ -319,7 +324,7 @@ class Scheduler:
         head = self.waiting[0]
         if head.num_pending or not self._classes or head.priority >= max(self._classes):
             return
-        match = self.manager.match(head.token_ids, head.salt)
+        match = self._match(head)
         short = self._needs(head, match.num_taken) + self._spare(head) - self.manager.num_available - self.manager.num_returning
         victims: list[Sequence] = []
         for seq in sorted(self._running.values(), key=_rank, reverse=True):
@@ -330,6 +335,13 @@ class Scheduler:
         if short <= 0 and (self._free_slots or victims):
             for seq in victims:
                 self._preempt(seq)
+
+    def _match(self, seq: Sequence) -> Match:
+        """Of a sequence that is owed prompt logprobs nothing is found: every position must be computed."""
+        if seq.num_unscored:
+            num_new = self.manager.blocks_for(len(seq.token_ids))
+            return Match([], num_new, num_new)
+        return self.manager.match(seq.token_ids, seq.salt)
 
     def _needs(self, seq: Sequence, num_taken: int) -> int:
         """Blocks to admit it, and the one it needs right afterwards when its last block is full."""
@@ -351,14 +363,22 @@ class Scheduler:
         if budget <= 0:
             budget = 1 if self.max_step_tokens > 1 else self._next_step % 2
         parts: list[_Part] = []
+        scores = MAX_SCORED
         for seq in self._prompting:
             if budget == 0:
                 return parts
-            parts.append(_part(seq, budget))
+            most = min(budget, scores) if seq.scoring else budget
+            if most:
+                parts.append(_part(seq, most))
+                budget -= parts[-1].length
+                scores -= parts[-1].length if seq.scoring else 0
+        while budget and self.waiting and (scores or not self.waiting[0].num_unscored):
+            newcomer = self._admit(admits, now)
+            if newcomer is None:
+                break
+            parts.append(_part(newcomer, min(budget, scores) if newcomer.scoring else budget))
             budget -= parts[-1].length
-        while budget and self.waiting and (newcomer := self._admit(admits, now)) is not None:
-            parts.append(_part(newcomer, budget))
-            budget -= parts[-1].length
+            scores -= parts[-1].length if newcomer.scoring else 0
         return parts
 
     def _admit(self, admits: list[Admit], now: float) -> Sequence | None:
@@ -369,7 +389,7 @@ class Scheduler:
         room = manager.num_available - self._spare(seq)
         if seq is self._blocked[0] and self._blocked[1] > room:
             return None
-        match = manager.match(seq.token_ids, seq.salt)
+        match = self._match(seq)
         if self._soon_cached(seq, len(match.hits)):
             return None
         needs = self._needs(seq, match.num_taken)
@@ -381,7 +401,8 @@ class Scheduler:
         del self.waiting[0]
         self._enter(seq, blocks, len(match.hits) * manager.block_seq_len, now)
         eos = tuple(sorted(seq.eos_token_ids))
-        admits.append(Admit(seq.slot, tuple(seq.token_ids), seq.num_prompt, tuple(blocks), seq.params, eos))
+        seq.scoring = seq.num_unscored > 0
+        admits.append(Admit(seq.slot, tuple(seq.token_ids), seq.num_prompt, tuple(blocks), _slot_params(seq), eos))
         return seq
 
     def _soon_cached(self, seq: Sequence, num_hits: int) -> bool:
@@ -391,7 +412,7 @@ class Scheduler:
         other one is running or its step is in flight, and in the next plan this is asked anew.
         """
         end = (num_hits + 1) * self.manager.block_seq_len
-        if not self.manager.enable_prefix_caching or end >= len(seq.token_ids):
+        if not self.manager.enable_prefix_caching or end >= len(seq.token_ids) or seq.num_unscored:
             return False
         last = seq.token_ids[end - 1]
         writers = [*self._prompting, *(writer for step in self._steps for writer, *_ in step.filled)]
@@ -447,6 +468,10 @@ class Scheduler:
             if len(seq.token_ids) >= last * self.manager.block_seq_len:  # else it ended before its last id came back
                 self.manager.commit(table, seq.token_ids, seq.salt, first, last)
         self.manager.step_ended(step.number)
+        for row, position, value in result.prompt_logprobs:
+            seq = step.scored[row]
+            if position == len(seq.prompt_logprobs) + 1:  # else it was preempted, and these come again
+                seq.prompt_logprobs.append(value)
         events = self._take_ids(step, result)
         if self._newcomers:
             for seq in [s for s in self._newcomers.values() if len(s.token_ids) > s.num_prompt]:
@@ -478,7 +503,7 @@ class Scheduler:
             if token_id in seq.stop_ids or len(ids) == seq.limit:
                 reason = _reason(seq, token_id)
                 if reason is not None:
-                    events[i] = events[i]._replace(finish_reason=reason)
+                    events[i] = events[i]._replace(token_id=max(token_id, -1), finish_reason=reason)
                     self._finish(seq, reason)
         for i in reversed(late):
             del events[i]
@@ -536,6 +561,12 @@ def _part(seq: Sequence, budget: int) -> _Part:
     return _Part(seq, seq.num_computed, min(owed, budget), owed <= budget)
 
 
+def _slot_params(seq: Sequence) -> SamplingParams:
+    """A sequence that comes back has the logprobs of its prompt already."""
+    done = seq.params.prompt_logprobs >= 0 and not seq.scoring
+    return dataclasses.replace(seq.params, prompt_logprobs=-1) if done else seq.params
+
+
 def _logprobs(result: StepResult) -> Iterable[object]:
     """One for each sampled id, None where none was asked for."""
     if not result.logprobs:
@@ -545,10 +576,10 @@ def _logprobs(result: StepResult) -> Iterable[object]:
 
 
 def _reason(seq: Sequence, token_id: int) -> FinishReason | None:
-    """Why the id just appended ends the sequence, if it does. An id that stands for bad logits is taken back."""
-    if token_id == BAD_LOGITS:
+    """Why the id just appended ends the sequence, if it does. One that is no id is taken back."""
+    if token_id in (BAD_LOGITS, NOTHING_LEFT):
         seq.token_ids.pop()
-        return FinishReason.ERROR
+        return FinishReason.ERROR if token_id == BAD_LOGITS else FinishReason.STOP
     if token_id in seq.stop_ids and seq.num_generated >= seq.params.min_tokens:
         return FinishReason.STOP
     return FinishReason.LENGTH if len(seq.token_ids) == seq.limit else None

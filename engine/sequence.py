@@ -34,6 +34,7 @@ class FinishReason(IntEnum):
 
 MAX_SEED = (1 << 64) - 1
 MAX_TOP_LOGPROBS = 128
+MAX_BAD_WORDS, MAX_BAD_WORD_IDS = 1024, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,12 @@ class SamplingParams:
     `temperature` 0 means greedy (so does `top_k` 1). Penalties: `repetition_penalty` divides or multiplies the
     logits of ids in prompt + answer (Keskar et al. 2019, CTRL); `presence_penalty` and `frequency_penalty` are
     subtracted once / per occurrence for ids of the answer only (OpenAI's definition). Order: logit_bias and
-    penalties, min_tokens mask, (raw logprobs are taken before all of these), temperature, top_k, top_p, min_p.
+    penalties, masks, (raw logprobs are taken before all of these), temperature, top_k, top_p, min_p.
+    Masks: min_tokens (what would end the answer), `allowed_token_ids` (what is not among them; empty: all are), and
+    `bad_words`: id sequences of which the last id may not follow an answer that ends with the ids before it. A
+    sequence for which the masks leave no id ends with STOP.
     `logprobs` -1: none; k >= 0: the chosen id's logprob and the k most likely, from the raw logits.
+    `prompt_logprobs` is the same for each prompt id but the first; such a prompt is computed whole, cached or not.
     """
 
     max_tokens: int
@@ -61,6 +66,9 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int = 0  # of the counter-based generator keyed by (seed, position); 0 .. 2**64-1
     logprobs: int = -1
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    prompt_logprobs: int = -1
 
     def __post_init__(self) -> None:
         _int("max_tokens", self.max_tokens, 1, (1 << 31) - 1)
@@ -74,6 +82,7 @@ class SamplingParams:
         _float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _int("seed", self.seed, 0, MAX_SEED)
         _int("logprobs", self.logprobs, -1, MAX_TOP_LOGPROBS)
+        _int("prompt_logprobs", self.prompt_logprobs, -1, MAX_TOP_LOGPROBS)
         for token, addend in self.logit_bias:
             _int("logit_bias", token, 0, (1 << 31) - 1)
             _float("logit_bias", addend, -100.0, 100.0)
@@ -83,6 +92,18 @@ class SamplingParams:
             _int("stop_token_ids", token, 0, (1 << 31) - 1)
         if type(self.ignore_eos) is not bool:
             raise BadParameter("ignore_eos", f"ignore_eos must be true or false, not {self.ignore_eos!r}.")
+        if self.allowed_token_ids or self.bad_words:
+            self._check_masks()
+
+    def _check_masks(self) -> None:
+        for token in self.allowed_token_ids:
+            _int("allowed_token_ids", token, 0, (1 << 31) - 1)
+        if len(self.bad_words) > MAX_BAD_WORDS or not all(1 <= len(word) <= MAX_BAD_WORD_IDS for word in self.bad_words):
+            message = f"bad_words holds at most {MAX_BAD_WORDS} words of 1 to {MAX_BAD_WORD_IDS} ids each."
+            raise BadParameter("bad_words", message)
+        for word in self.bad_words:
+            for token in word:
+                _int("bad_words", token, 0, (1 << 31) - 1)
 
     @property
     def greedy(self) -> bool:
@@ -97,11 +118,15 @@ class SamplingParams:
             and self.presence_penalty == 0.0
             and self.frequency_penalty == 0.0
             and self.min_tokens == 0
+            and not self.allowed_token_ids
+            and not self.bad_words
         )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse ids that the model does not have (`BadParameter`), so that none can reach a kernel."""
-        for name, ids in (("logit_bias", [t for t, _ in self.logit_bias]), ("stop_token_ids", self.stop_token_ids)):
+        named = [("logit_bias", [t for t, _ in self.logit_bias]), ("stop_token_ids", self.stop_token_ids)]
+        named += [("allowed_token_ids", self.allowed_token_ids), *(("bad_words", word) for word in self.bad_words)]
+        for name, ids in named:
             for token in ids:
                 if token >= vocab_size:
                     raise BadParameter(name, f"{name} holds id {token}, but the vocabulary ends at {vocab_size - 1}.")
@@ -150,14 +175,21 @@ class Sequence:
     num_preemptions: int = 0
     first_scheduled_s: float = -1.0
     first_token_s: float = -1.0
+    prompt_logprobs: list[object] = field(default_factory=list)  # `Logprobs` of prompt ids 1, 2, ... as steps bring them
     # the scheduler's own, set by `Scheduler.add` and kept by it
     limit: int = 0  # num_tokens at which it ends for its length
     stop_ids: frozenset[int] = frozenset()  # sampled ids that may end it, BAD_LOGITS among them
+    scoring: bool = False  # its slot brings prompt logprobs
     horizon: int = 0  # num_computed at which planning it needs more than one token more: a new block, or its end
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_unscored(self) -> int:
+        """Prompt ids whose logprobs are owed: asked for, and no step has brought them."""
+        return 0 if self.params.prompt_logprobs < 0 else self.num_prompt - 1 - len(self.prompt_logprobs)
 
     @property
     def num_generated(self) -> int:

@@ -23,8 +23,8 @@ from typing import NamedTuple
 from engine.errors import BadParameter
 from engine.sequence import FinishReason, SamplingParams
 
-MAGIC_PLAN = 0x4E42_0001
-MAGIC_RESULT = 0x4E42_0002
+MAGIC_PLAN = 0x4E42_0101  # the third byte is the version of the encoding
+MAGIC_RESULT = 0x4E42_0102
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,7 @@ class Logprobs:
 
 
 BAD_LOGITS = -1  # in StepResult.token_ids: the logits of this row were not finite
+NOTHING_LEFT = -2  # in StepResult.token_ids: the masks of this row leave no id
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +106,20 @@ class StepResult:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[tuple[int, Logprobs], ...] = ()  # (index into token_ids, value) where they were asked for
     elapsed_us: int = 0  # computing time of the step
+    # (row of the plan, position of the prompt id, value): where a row computes a prompt that asked for prompt_logprobs
+    prompt_logprobs: tuple[tuple[int, int, Logprobs], ...] = ()
 
     def encode(self) -> bytes:
         out = array.array("i", (MAGIC_RESULT, self.step & 0x7FFFFFFF, self.elapsed_us, len(self.token_ids)))
         out.extend(self.token_ids)
         out.append(len(self.logprobs))
         for index, item in self.logprobs:
-            out.extend((index, *_words(item.logprob), item.rank, len(item.top_ids)))
-            out.extend(item.top_ids)
-            for logprob in item.top_logprobs:
-                out.extend(_words(logprob))
+            out.append(index)
+            _put_logprobs(out, item)
+        out.append(len(self.prompt_logprobs))
+        for row, position, item in self.prompt_logprobs:
+            out.extend((row, position))
+            _put_logprobs(out, item)
         return out.tobytes()
 
     @classmethod
@@ -124,13 +129,13 @@ class StepResult:
         token_ids = ints.many()
         logprobs = []
         for _ in range(ints.count()):
-            index, logprob, rank = ints.one(), ints.real(), ints.one()
-            top_ids = ints.many()
+            index = ints.one()
             if not 0 <= index < len(token_ids):
                 raise ValueError(f"an encoded result has logprobs for id {index} of {len(token_ids)}")
-            logprobs.append((index, Logprobs(logprob, rank, top_ids, tuple(ints.real() for _ in top_ids))))
+            logprobs.append((index, _get_logprobs(ints)))
+        prompt_logprobs = tuple([(ints.count(), ints.count(), _get_logprobs(ints)) for _ in range(ints.count())])
         ints.finish()
-        return cls(step, token_ids, tuple(logprobs), elapsed_us)
+        return cls(step, token_ids, tuple(logprobs), elapsed_us, prompt_logprobs)
 
 
 class TokenEvent(NamedTuple):
@@ -146,24 +151,42 @@ class TokenEvent(NamedTuple):
     finish_reason: FinishReason | None = None
 
 
+def _put_logprobs(out: array.array[int], item: Logprobs) -> None:
+    out.extend((*_words(item.logprob), item.rank, len(item.top_ids)))
+    out.extend(item.top_ids)
+    for logprob in item.top_logprobs:
+        out.extend(_words(logprob))
+
+
+def _get_logprobs(ints: _Reader) -> Logprobs:
+    logprob, rank = ints.real(), ints.one()
+    top_ids = ints.many()
+    return Logprobs(logprob, rank, top_ids, tuple([ints.real() for _ in top_ids]))
+
+
 def _put_admit(out: array.array[int], admit: Admit) -> None:
     p = admit.params
-    out.extend((admit.slot, admit.num_prompt, p.max_tokens, p.min_tokens, p.top_k, int(p.ignore_eos), p.logprobs))
+    out.extend((admit.slot, admit.num_prompt, p.max_tokens, p.min_tokens, p.top_k, int(p.ignore_eos), p.logprobs, p.prompt_logprobs))
     for value in (p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty):
         out.extend(_words(value))
     out.extend(_seed_words(p.seed))
     bias_ids = tuple(token for token, _ in p.logit_bias)
     bias = tuple(word for _, addend in p.logit_bias for word in _words(addend))
-    for ints in (p.stop_token_ids, admit.eos_token_ids, bias_ids, bias, admit.blocks, admit.token_ids):
+    for ints in (p.stop_token_ids, admit.eos_token_ids, bias_ids, bias, p.allowed_token_ids, admit.blocks, admit.token_ids):
         out.append(len(ints))
         out.extend(ints)
+    out.append(len(p.bad_words))
+    for word in p.bad_words:
+        out.append(len(word))
+        out.extend(word)
 
 
 def _get_admit(ints: _Reader) -> Admit:
-    slot, num_prompt, max_tokens, min_tokens, top_k, ignore_eos, logprobs = (ints.one() for _ in range(7))
+    slot, num_prompt, max_tokens, min_tokens, top_k, ignore_eos, logprobs, prompt_logprobs = (ints.one() for _ in range(8))
     temperature, top_p, min_p, repetition, presence, frequency = (ints.real() for _ in range(6))
     (seed,) = struct.unpack("Q", struct.pack("2i", ints.one(), ints.one()))
-    stop_ids, eos_ids, bias_ids, bias, blocks, token_ids = (ints.many() for _ in range(6))
+    stop_ids, eos_ids, bias_ids, bias, allowed, blocks, token_ids = (ints.many() for _ in range(7))
+    bad_words = tuple([ints.many() for _ in range(ints.count())])
     if len(bias) != 2 * len(bias_ids):
         raise ValueError(f"an encoded step has {len(bias_ids)} ids with a bias, but {len(bias)} words of addends")
     addends = struct.unpack(f"{len(bias_ids)}d", struct.pack(f"{len(bias)}i", *bias))
@@ -172,7 +195,8 @@ def _get_admit(ints: _Reader) -> Admit:
             max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency,
             logit_bias=tuple(zip(bias_ids, addends, strict=True)), stop_token_ids=stop_ids,
-            ignore_eos=bool(ignore_eos), seed=seed, logprobs=logprobs,
+            ignore_eos=bool(ignore_eos), seed=seed, logprobs=logprobs, allowed_token_ids=allowed, bad_words=bad_words,
+            prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
     except BadParameter as error:
         raise ValueError(f"an encoded step has bad sampling parameters: {error}") from error

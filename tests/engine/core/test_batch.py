@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -79,3 +81,17 @@ def test_every_token_goes_where_a_plain_loop_puts_it(block_seq_len: int, data: s
         leading += 1
     assert batch.num_decode == leading
     assert batch.kv_slots.dtype == np.int64
+
+
+def test_a_prompt_id_is_scored_at_the_position_before_it_and_answers_are_not() -> None:
+    slots = Slots(max_batch_size=4, session_len=16, block_seq_len=4)
+    scoring = dataclasses.replace(PARAMS, prompt_logprobs=3)
+    slots.apply(
+        StepPlan(0, admits=(admit(2, [10, 11], [7]), Admit(0, (20, 21, 22, 23, 24, 25), 5, (5, 1), scoring)))  # 25: of its answer
+    )
+    scored = slots.scored(StepPlan(0, slots=(2, 0), starts=(0, 1), counts=(2, 5), samples=(1, 1)))
+    assert scored.tokens.tolist() == [2, 3, 4] and scored.ids.tolist() == [22, 23, 24]
+    assert (scored.rows.tolist(), scored.positions.tolist(), scored.top) == ([1, 1, 1], [2, 3, 4], [3, 3, 3])
+    assert len(slots.scored(StepPlan(1, slots=(2,), starts=(0,), counts=(2,), samples=(1,)))) == 0
+    slots.apply(StepPlan(2, releases=(0,)))
+    assert len(slots.scored(StepPlan(3, slots=(0,), starts=(0,), counts=(1,), samples=(0,)))) == 0

@@ -56,6 +56,9 @@ def test_counts() -> None:
         ("logprobs", (-2, 129, False)),
         ("logit_bias", (((-1, 1.0),), ((1 << 31, 1.0),), ((1, 101.0),), ((1, math.nan),), ((1, 1.0), (1, 2.0)))),
         ("stop_token_ids", ((-1,), (1 << 31,), (1.0,))),
+        ("allowed_token_ids", ((-1,), (1 << 31,), (True,))),
+        ("bad_words", (((-1,),), ((1, 2.0),), ((),), ((1,) * 257,), ((1,),) * 1025)),
+        ("prompt_logprobs", (-2, 129, None)),
         ("ignore_eos", (0, 1, None)),
     ],
 )
@@ -80,13 +83,20 @@ def test_greedy_and_plain() -> None:
         {"presence_penalty": 0.1},
         {"frequency_penalty": 0.1},
         {"min_tokens": 1},
+        {"allowed_token_ids": (1,)},
+        {"bad_words": ((1, 2),)},
     ):
         assert not SamplingParams(max_tokens=1, **knob).plain  # type: ignore[arg-type]
 
 
 def test_ids_outside_the_vocabulary() -> None:
     SamplingParams(max_tokens=1, logit_bias=((9, 1.0),), stop_token_ids=(9,)).check_vocabulary(10)
-    for field, value in (("logit_bias", ((10, 1.0),)), ("stop_token_ids", (3, 10))):
+    for field, value in (
+        ("logit_bias", ((10, 1.0),)),
+        ("stop_token_ids", (3, 10)),
+        ("allowed_token_ids", (10,)),
+        ("bad_words", ((1,), (2, 10))),
+    ):
         with pytest.raises(BadParameter, match="id 10, but the vocabulary ends at 9") as caught:
             SamplingParams(max_tokens=1, **{field: value}).check_vocabulary(10)  # type: ignore[arg-type]
         assert caught.value.param == field

@@ -34,6 +34,9 @@ def sampling(draw: st.DrawFn) -> SamplingParams:
         ignore_eos=draw(st.booleans()),
         seed=draw(st.integers(0, MAX_SEED)),
         logprobs=draw(st.integers(-1, 128)),
+        allowed_token_ids=draw(id_lists),
+        bad_words=tuple(draw(st.lists(st.lists(ids, min_size=1, max_size=3).map(tuple), max_size=3))),
+        prompt_logprobs=draw(st.integers(-1, 128)),
     )
 
 
@@ -50,13 +53,19 @@ def plans(draw: st.DrawFn) -> StepPlan:
 
 
 @st.composite
+def logprobs(draw: st.DrawFn) -> Logprobs:
+    top = draw(st.lists(st.tuples(ids, floats), max_size=3))
+    return Logprobs(draw(floats), draw(ids), tuple(t for t, _ in top), tuple(p for _, p in top))
+
+
+@st.composite
 def results(draw: st.DrawFn) -> StepResult:
-    sampled = draw(st.lists(st.integers(-1, (1 << 31) - 1), max_size=6))
+    sampled = draw(st.lists(st.integers(-2, (1 << 31) - 1), max_size=6))
     found = []
     for index in draw(st.sets(st.integers(0, len(sampled) - 1))) if sampled else ():
-        top = draw(st.lists(st.tuples(ids, floats), max_size=3))
-        found.append((index, Logprobs(draw(floats), draw(ids), tuple(t for t, _ in top), tuple(p for _, p in top))))
-    return StepResult(draw(ids), tuple(sampled), tuple(found), draw(ids))
+        found.append((index, draw(logprobs())))
+    prompt = draw(st.lists(st.tuples(ids, ids, logprobs()), max_size=2))
+    return StepResult(draw(ids), tuple(sampled), tuple(found), draw(ids), tuple(prompt))
 
 
 @settings(deadline=None)

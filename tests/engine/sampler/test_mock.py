@@ -11,7 +11,7 @@ from config.schema import Engine as Knobs
 from engine.mock import EOS_ONE_IN, MOCK_EOS, MockCanaryError, MockRunner, mock_answer
 from engine.models.spec import ModelSpec, RopeSpec
 from engine.sequence import SamplingParams
-from engine.step import Admit, StepPlan
+from engine.step import NOTHING_LEFT, Admit, StepPlan
 
 SPEC = ModelSpec(
     family="mock", vocab_size=260, hidden_size=0, intermediate_size=0, num_layers=0, num_heads=1, num_kv_heads=1, head_dim=0,
@@ -162,3 +162,36 @@ def test_two_sequences_side_by_side_and_the_time_a_step_takes():
     for i in range(2):
         assert [result.token_ids[i], second.token_ids[1 - i]] == mock_answer(PROMPT[i:], params_of(seed=i))[:2]
     assert second.elapsed_us >= 20_000
+
+
+def test_masks_choose_another_id_as_the_naive_answer_does():
+    free = mock_answer(PROMPT, params_of(seed=3))
+    assert set(drive(runner(), params_of(seed=3, allowed_token_ids=(65, 66)))) <= {65, 66}
+    for fields in ({"allowed_token_ids": (65, 66, 67), "bad_words": ((65, 66), (67,))}, {"bad_words": ((free[0],), (free[3], free[4]))}):
+        params = params_of(seed=3, **fields)
+        wanted = mock_answer(PROMPT, params)
+        assert len(wanted) == 20 and wanted != free and drive(runner(), params) == wanted
+        assert not [word for word in params.bad_words for i in range(20) if tuple(wanted[i : i + len(word)]) == word]
+
+
+def test_masks_that_leave_nothing():
+    assert mock_answer(PROMPT, params_of(allowed_token_ids=(65,), bad_words=((65, 65),))) == [65]
+    assert drive(runner(), params_of(1, allowed_token_ids=(65,), bad_words=((65,),)), n=1) == [NOTHING_LEFT]
+
+
+def test_prompt_logprobs_do_not_depend_on_how_the_prompt_is_cut():
+    found = []
+    for part in (3, 50):
+        mock, params = runner(), params_of(prompt_logprobs=4)
+        admit = Admit(0, PROMPT, len(PROMPT), blocks_for(len(PROMPT) + 1), params, (MOCK_EOS,))
+        values, start = [], 0
+        while start < len(PROMPT):
+            count = min(part, len(PROMPT) - start)
+            sampled = int(start + count == len(PROMPT))
+            plan = StepPlan(start, admits=(admit,) if start == 0 else (), slots=(0,), starts=(start,), counts=(count,), samples=(sampled,))
+            values += mock.step(plan).prompt_logprobs
+            start += count
+        assert [(row, position) for row, position, _ in values] == [(0, i) for i in range(1, len(PROMPT))]
+        found.append([value for _, _, value in values])
+    assert found[0] == found[1] and len({value.logprob for value in found[0]}) > 3
+    assert all(value.top_ids[value.rank] == token for value, token in zip(found[0], PROMPT[1:]) if value.rank < 4)

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.batch import Scored
 from engine.sampler import Sampler
 from engine.sampler_reference import reference_distribution, reference_logprobs, sample_reference, uniform_reference
 from engine.sequence import SamplingParams
-from engine.step import BAD_LOGITS, Admit
+from engine.step import BAD_LOGITS, NOTHING_LEFT, Admit
 
 ROUNDING = 2e-6  # of probabilities and logprobs: float32 exponentials of float32 differences
 
@@ -44,13 +45,25 @@ def assert_agrees(token, logits, params, token_ids, num_prompt, eos):
     expected, _ = sample_reference(logits, params, token_ids, num_prompt, eos)
     if token == expected:
         return
-    assert token != BAD_LOGITS and expected != BAD_LOGITS
+    assert token >= 0 and expected >= 0
     assert not params.greedy
     probabilities = reference_distribution(logits, params, token_ids, num_prompt, eos)
     end = np.cumsum(probabilities)
     u = uniform_reference(params.seed, len(token_ids))
     slack = ROUNDING / min(params.temperature, 1.0) * 10
     assert end[token] - probabilities[token] - slack <= u <= end[token] + slack
+
+
+def some_masks(words, rng, vocab, token_ids):
+    """allowed_token_ids and bad_words: of one id, and of two or three that go on from the end of the answer (or nearly do)."""
+    fields = {}
+    if words in ("allowed", "both"):
+        fields["allowed_token_ids"] = tuple(rng.integers(0, vocab, rng.integers(1, 9)).tolist())
+    if words in ("bad", "both"):
+        last = [rng.integers(0, vocab, 3).tolist() for _ in range(3)]
+        heads = [(), tuple(token_ids[-1:]), tuple(token_ids[-2:]), tuple(token_ids[:6])]
+        fields["bad_words"] = tuple((*head, token) for head in heads for token in last[len(head) % 3])
+    return fields
 
 
 @settings(max_examples=400, deadline=None)
@@ -68,9 +81,10 @@ def assert_agrees(token, logits, params, token_ids, num_prompt, eos):
     frequency=st.sampled_from([0.0, 0.0, 0.3, -0.2]),
     min_tokens=st.sampled_from([0, 0, 3, 10]),
     masked=st.booleans(),
+    words=st.sampled_from(["", "", "allowed", "bad", "both"]),
 )
 def test_equals_the_reference(
-    vocab, kind, data_seed, seed, temperature, top_k, top_p, min_p, repetition, presence, frequency, min_tokens, masked
+    vocab, kind, data_seed, seed, temperature, top_k, top_p, min_p, repetition, presence, frequency, min_tokens, masked, words
 ):
     rng = np.random.default_rng(data_seed)
     logits = random_logits(rng, vocab, kind)
@@ -83,11 +97,11 @@ def test_equals_the_reference(
     params = params_of(
         seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition,
         presence_penalty=presence, frequency_penalty=frequency, min_tokens=min_tokens, logit_bias=bias, stop_token_ids=stop,
-        ignore_eos=bool(data_seed % 3 == 0), logprobs=min(5, vocab),
+        ignore_eos=bool(data_seed % 3 == 0), logprobs=min(5, vocab), **some_masks(words, rng, vocab, token_ids),
     )  # fmt: skip
     token, logprobs = one(logits, params, token_ids, 7, eos)
     assert_agrees(token, logits, params, token_ids, 7, eos)
-    if token != BAD_LOGITS:
+    if token >= 0:
         expected = reference_logprobs(logits, token, 5)
         assert (logprobs.rank, logprobs.top_ids) == (expected.rank, expected.top_ids)
         np.testing.assert_allclose(logprobs.logprob, expected.logprob, rtol=1e-6, atol=1e-6)
@@ -353,3 +367,35 @@ def test_one_compilation_serves_every_kind_of_row():
         sampler.sample(np.zeros((1, 100), np.float32), (0,))
     loops = (sampler_kernels.sample_rows, sampler_kernels.row_logprobs)
     assert [len(loop.signatures) for loop in loops] == [1, 1]
+
+
+def test_a_bad_word_of_several_ids_is_kept_from_the_answer_as_it_grows():
+    """Greedy, with id 3 likeliest, then 2: "3 3" may not be, so 3 and 2 alternate; a prompt that ends in 3 is no part of it."""
+    logits = np.array([0, 1, 2, 3], np.float32)
+    sampler = sampler_with(params_of(temperature=0.0, bad_words=((3, 3),)), 4, (3,))
+    answer = [sampler.sample(logits[None].copy(), (0,))[0][0] for _ in range(4)]
+    assert answer == [3, 2, 3, 2]
+
+
+def test_where_masks_leave_nothing_the_row_says_so_and_bad_logits_stay_bad():
+    params = params_of(allowed_token_ids=(1,), bad_words=((1,),))
+    assert one([0, 1, 2], params)[0] == NOTHING_LEFT
+    assert one([0, 1, np.nan], params)[0] == BAD_LOGITS
+    assert one([0, 1, np.inf], params)[0] == BAD_LOGITS
+    assert one([-np.inf] * 3, params)[0] == BAD_LOGITS
+
+
+def test_prompt_ids_are_scored_as_sampled_ones_are():
+    rng = np.random.default_rng(3)
+    logits = np.stack([random_logits(rng, 70, "usual") for _ in range(3)])
+    logits[2, 5] = np.nan
+    sampler = Sampler(1, 8, 70)
+    i32 = np.int32
+    scored = Scored(np.array([0, 1, 2], i32), np.array([4, 4, 5], i32), np.array([1, 2, 9], i32), np.array([7, 69, 0], i32), [2, 0, 1])
+    found = sampler.score(logits, scored)
+    assert [(row, position) for row, position, _ in found] == [(4, 1), (4, 2), (5, 9)]
+    for i, (token, k) in enumerate(((7, 2), (69, 0))):
+        expected, value = reference_logprobs(logits[i], token, k), found[i][2]
+        assert (value.rank, value.top_ids) == (expected.rank, expected.top_ids)
+        np.testing.assert_allclose((value.logprob, *value.top_logprobs), (expected.logprob, *expected.top_logprobs), rtol=1e-6, atol=1e-6)
+    assert (found[2][2].logprob, found[2][2].top_ids) == (-np.inf, ())

@@ -37,9 +37,8 @@ class Graph:
 class DecodeGraphs:
     """`forward(step)` is the pass to capture: it returns logits [rows, vocab]."""
 
-    def __init__(self, device: Any, max_batch_size: int, max_context: int) -> None:
+    def __init__(self, device: Any, max_batch_size: int) -> None:
         self._device = device
-        self._max_context = max_context
         self._buckets = buckets(max_batch_size)
         self._graphs: dict[int, Graph] = {}
 
@@ -50,7 +49,7 @@ class DecodeGraphs:
             shape = decode_shape(rows)
             inputs = torch.empty(shape.size, dtype=torch.int32, device=self._device.torch_device)
             fill(inputs, shape)
-            step = views(inputs, shape, num_decode=rows, max_context=self._max_context, max_row_tokens=1)
+            step = views(inputs, shape, rows)
             logits, replay = self._device.capture(lambda step=step: forward(step), pool)
             self._graphs[rows] = Graph(shape, inputs, logits, replay)
 

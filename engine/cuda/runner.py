@@ -23,7 +23,7 @@ from engine.cuda.backend import CudaBackend
 from engine.cuda.graphs import DecodeGraphs
 from engine.cuda.sampling import GpuSampler
 from engine.cuda.state import State
-from engine.cuda.step import Shape, Step, fill, views
+from engine.cuda.step import NO_TILES, Shape, Step, fill, views
 from engine.errors import DeviceError
 from engine.load_backend import computing_dtype
 from engine.models.decoder import Decoder
@@ -59,7 +59,7 @@ class CudaRunner:
         self._staged = [device.pinned((self._largest_shape().size,), torch.int32) for _ in range(RING)]
         self._step = 0
         self._finished_s = 0.0
-        self._graphs = DecodeGraphs(device, knobs.max_batch_size, session_len)
+        self._graphs = DecodeGraphs(device, knobs.max_batch_size)
         self._warm_up(session_len)
 
     def step(self, plan: StepPlan) -> StepResult:
@@ -91,22 +91,20 @@ class CudaRunner:
     def _forward(self, plan: StepPlan, updates: np.ndarray) -> tuple[torch.Tensor | None, Step]:
         rows, decode = len(plan.slots), _num_decode(plan)
         graph = self._graphs.find(rows, len(updates)) if decode == rows else None
+        tiles, max_tile = (NO_TILES, 0) if graph is not None else self._backend.tiles(plan, decode)
         if graph is not None:
             shape, inputs = graph.shape, graph.inputs
         else:
-            shape = Shape(plan.num_tokens, rows, sum(plan.samples), len(updates))
+            shape = Shape(plan.num_tokens, rows, sum(plan.samples), len(updates), len(tiles))
             inputs = self._inputs[: shape.size]
         staged = self._staged[self._step % RING]
         self._step += 1
-        fill(staged.numpy(), shape, plan, updates, self._state.dummy, self._state.trash)
+        fill(staged.numpy(), shape, plan, updates, self._state.dummy, self._state.trash, tiles)
         inputs.copy_(staged[: shape.size], non_blocking=True)
+        step = views(inputs, shape, shape.rows if graph is not None else decode, max_tile)
         if graph is not None:
             graph.replay()
-            step = views(inputs, shape, num_decode=shape.rows, max_context=0, max_row_tokens=1)
             return graph.logits[:rows], step
-        contexts = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
-        step = views(inputs, shape, num_decode=decode, max_context=max(contexts), max_row_tokens=max(plan.counts))
-        self._backend.prepare_prompt_parts(plan, decode)
         return self._decoder.forward(step, self._kv), step
 
     def _collect(self, number: int, collect: Any, done: Any, started: float) -> StepResult:
@@ -141,7 +139,7 @@ class CudaRunner:
     def _largest_shape(self) -> Shape:
         knobs = self._config.engine
         tokens, rows = max(knobs.max_prefill_token_num, knobs.max_batch_size), knobs.max_batch_size
-        return Shape(tokens, rows, rows, tokens // self._config.cache.cache_block_seq_len + rows)
+        return Shape(tokens, rows, rows, tokens // self._config.cache.cache_block_seq_len + rows, self._backend.most_tiles(tokens, rows))
 
     def _warm_up(self, session_len: int) -> None:
         """Load kernels, run the largest prompt part and a decode step, capture the graphs: no request waits for any of it."""

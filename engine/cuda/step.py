@@ -1,6 +1,6 @@
 """The inputs of one step on the card: views into one int32 buffer that is filled on the host and copied once.
 
-T tokens, R rows, S sampled rows, U new block-table entries; `dummy` is the batch slot of padding rows.
+T tokens, R rows, S sampled rows, U new block-table entries, P attention tiles; `dummy` is the batch slot of padding rows.
 
 token_slots  [T]      batch slot of each token
 positions    [T]      its position in its sequence
@@ -10,6 +10,7 @@ contexts     [R]      positions that exist after this step
 sampled      [S]      token index of the last token of each sampled row
 sample_slots [S]      its batch slot
 updates      [U, 3]   (slot, index, block): entries the block tables gain before anything is computed
+tiles        [P, 4]   pieces of prompt parts for the attention kernel (`engine/cuda/attention_tiles.py`)
 
 Ids and block tables themselves stay on the card (`engine/cuda/state.py`), where sampling writes the next id: a step never
 waits for the host to learn what the last one sampled. Knows no model.
@@ -24,6 +25,8 @@ import torch
 
 from engine.step import StepPlan
 
+NO_TILES = np.empty((0, 4), np.int32)
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -33,6 +36,7 @@ class Shape:
     rows: int
     sampled: int
     updates: int
+    tiles: int = 0
 
     @property
     def size(self) -> int:
@@ -41,7 +45,7 @@ class Shape:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        return (self.tokens, self.tokens, self.rows + 1, self.rows, self.rows, self.sampled, self.sampled, 3 * self.updates)
+        return (self.tokens, self.tokens, self.rows + 1, self.rows, self.rows, self.sampled, self.sampled, 3 * self.updates, 4 * self.tiles)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,9 +60,9 @@ class Step:
     sampled: torch.Tensor
     sample_slots: torch.Tensor
     updates: torch.Tensor
+    tiles: torch.Tensor
     num_decode: int  # rows 0 .. num_decode - 1 have one token each
-    max_context: int  # no context of the step is longer
-    max_row_tokens: int  # no row of the step has more tokens
+    max_tile: int  # no tile has more tokens
 
     @property
     def num_tokens(self) -> int:
@@ -69,18 +73,18 @@ class Step:
         return len(self.contexts)
 
 
-def views(buffer: torch.Tensor, shape: Shape, *, num_decode: int, max_context: int, max_row_tokens: int) -> Step:
+def views(buffer: torch.Tensor, shape: Shape, num_decode: int, max_tile: int = 0) -> Step:
     """The arrays of a step of this shape inside an int32 buffer of at least `shape.size` elements."""
     at, arrays = 0, []
     for length in shape.lengths:
         arrays.append(buffer[at : at + length])
         at += _padded(length)
-    arrays[-1] = arrays[-1].view(-1, 3)
-    return Step(*arrays, num_decode=num_decode, max_context=max_context, max_row_tokens=max_row_tokens)
+    *arrays, updates, tiles = arrays
+    return Step(*arrays, updates=updates.view(-1, 3), tiles=tiles.view(-1, 4), num_decode=num_decode, max_tile=max_tile)
 
 
-def fill(out: np.ndarray, shape: Shape, plan: StepPlan, updates: np.ndarray, dummy: int, trash: int) -> None:
-    """Write a plan's rows into `out`, int32 [shape.size]; updates int32 [U', 3], U' <= shape.updates.
+def fill(out: np.ndarray, shape: Shape, plan: StepPlan, updates: np.ndarray, dummy: int, trash: int, tiles: np.ndarray = NO_TILES) -> None:
+    """Write a plan's rows into `out`, int32 [shape.size]; updates int32 [U', 3], U' <= shape.updates; tiles int32 [P, 4].
 
     Rows, tokens and samples beyond the plan's become padding: one token at position 0 of the `dummy` slot. Updates beyond
     those given set the dummy's first table entry to the `trash` block.
@@ -111,6 +115,7 @@ def fill(out: np.ndarray, shape: Shape, plan: StepPlan, updates: np.ndarray, dum
     at = 0
     arrays = (
         token_slots, positions, row_starts, slots, starts + counts, (row_starts[1:] - 1)[samples], slots[samples], entries.ravel(),
+        tiles.ravel(),
     )  # fmt: skip
     for array in arrays:
         out[at : at + len(array)] = array

@@ -1,0 +1,289 @@
+"""`CudaBackend`: the protocol of engine/backend.py on one card. Arrays are torch tensors in the computing dtype.
+
+Every buffer a step writes to is made once, for the largest step, and lives at a fixed address: what graphs need, and what
+makes the memory plan exact. All kernels are compiled before the first step (`load_kernels`). 4-bit weights are uploaded as
+the checkpoint has them and repacked on the card; products of many rows use a dense copy of them, resident or made for the
+moment. Knows no family and no order of operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from config.schema import Config
+from engine.awq import AWQ
+from engine.backend import Dense, Weight
+from engine.cache.layout import KVLayout
+from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
+from engine.cuda.kv_store import RopeStore
+from engine.cuda.launch import Library
+from engine.cuda.paged_attention import PagedDecode
+from engine.cuda.prefill_attention import PrefillAttention
+from engine.cuda.state import State
+from engine.cuda.step import Step
+from engine.cuda.w4_matmul import W4Device, W4Matmul
+from engine.errors import ModelError
+from engine.host import usable_cores
+from engine.models.layers import to_dense
+from engine.models.shard import Share, make_shard
+from engine.models.spec import ModelSpec
+from engine.parallel import Ranks
+from engine.plan_cuda import activation_widths, makes_dense_copy
+from engine.step import StepPlan
+from engine.w4 import W4
+
+Array = torch.Tensor
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+TILE_TOKENS = 2  # column of a tile: how many tokens it has
+
+
+@dataclass(slots=True, eq=False)
+class Linear:
+    """y = x W^T + b. `dense` [N, K] is the weight itself, or the resident copy of a 4-bit one (None: made when needed)."""
+
+    n: int
+    k: int
+    bias: torch.Tensor | None  # [N] in the computing dtype
+    dense: torch.Tensor | None
+    w4: W4Device | None = None
+    product: W4Matmul | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class Buffers:
+    """[rows, width] buffers for the largest step, all made at once; `get` gives the first rows of one, at the same address
+    each time."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, rows: int, widths: dict[str, int]) -> None:
+        self._held = {name: torch.empty((rows, width), dtype=dtype, device=device) for name, width in widths.items()}
+
+    def get(self, name: str, rows: int) -> torch.Tensor:
+        return self._held[name][:rows]
+
+
+class CudaBackend:
+    """See the module. `dtype`: "bfloat16" or "float16"."""
+
+    name = "cuda"
+
+    def __init__(self, config: Config, spec: ModelSpec, dtype: str, session_len: int, ranks: Ranks, device: Any) -> None:
+        self._config, self._spec, self._device = config, spec, device
+        self._dtype_name, self._dtype = dtype, DTYPES[dtype]
+        self._place = {"device": device.torch_device, "dtype": self._dtype}
+        knobs, cache = config.engine, config.cache
+        shard = make_shard(spec, ranks.rank, ranks.size)
+        own = Share(
+            shard.num_heads, shard.num_kv_heads, shard.intermediate.stop - shard.intermediate.start, shard.vocab.stop - shard.vocab.start
+        )
+        self._heads, self._kv_heads = shard.num_heads, shard.num_kv_heads
+        self._intermediate = own.intermediate
+        self.library = library = Library(device, Path(config.engine.kernel_cache_dir), processes=usable_cores())
+        self._buffers = Buffers(
+            device.torch_device, self._dtype, max(knobs.max_prefill_token_num, knobs.max_batch_size), activation_widths(spec, own)
+        )
+        self._taken = torch.empty((knobs.max_batch_size, spec.hidden_size), **self._place)
+        self._logits = torch.empty((knobs.max_batch_size, spec.vocab_size), dtype=torch.float32, device=device.torch_device)
+        hidden = spec.hidden_size
+        self._embed, self._take, self._updates = Embed(library, hidden), TakeRows(library, hidden), ApplyUpdates(library)
+        self._rms_norm, self._add_rms_norm = RmsNorm(library, hidden, dtype), AddRmsNorm(library, hidden, dtype)
+        self._silu_mul = SiluMul(library, self._intermediate, dtype)
+        rope_dim = spec.rope.rotary_dim or spec.head_dim
+        self._rope_store = RopeStore(
+            library, self._heads, self._kv_heads, spec.head_dim, rope_dim, cache.cache_block_seq_len, dtype,
+            qk_norm=spec.qk_norm, trained_length=spec.max_position if spec.use_logn_attn else 0,
+        )  # fmt: skip
+        self._decode: dict[int, PagedDecode] = {}  # by window
+        self._prefill: dict[int, PrefillAttention] = {}
+        for window in sorted({spec.window(i) for i in range(spec.num_layers)}):
+            shape = (library, self._heads, self._kv_heads, spec.head_dim, cache.cache_block_seq_len, dtype)
+            decode = PagedDecode(*shape, knobs.max_batch_size, device.multiprocessors, device.cc, window=window)
+            decode.bind(torch.empty(decode.scratch_bytes, dtype=torch.uint8, device=device.torch_device))
+            self._decode[window] = decode
+            self._prefill[window] = PrefillAttention(*shape, device.multiprocessors, device.cc, window=window)
+        kv_width = 2 * self._kv_heads * spec.head_dim
+        self._out = {  # which buffer the products of a width go to
+            hidden: "hidden", 2 * self._intermediate: "gate_up", self._heads * spec.head_dim + kv_width: "qkv",
+        }  # fmt: skip
+        self._products: dict[tuple[int, int, int], W4Matmul] = {}
+        self._linears: list[Linear] = []
+        self._finite: list[torch.Tensor] = []  # of each weight: whether all its numbers are
+        self._state: State
+
+    # -- load -----------------------------------------------------------------------------------------------------------
+
+    def prepare_linear(self, weight: Weight, bias: Dense | None) -> Linear:
+        vector = None if bias is None else self._upload(bias)
+        if isinstance(weight, W4 | AWQ):
+            linear = self._grouped(weight, vector)
+        else:
+            dense = self._upload(_as_tensor(weight))
+            linear = Linear(dense.shape[0], dense.shape[1], vector, dense)
+        self._linears.append(linear)
+        return linear
+
+    def _grouped(self, weight: W4 | AWQ, bias: torch.Tensor | None) -> Linear:
+        n, k, group = weight.out_features, weight.in_features, weight.group_size
+        product = self._products.get((n, k, group))
+        if product is None:
+            product = self._products[n, k, group] = W4Matmul(self.library, n, k, group, self._dtype_name)
+        packed = product.pack_from_awq([weight]) if isinstance(weight, AWQ) else product.pack_from_w4([weight])
+        return Linear(n, k, bias, None, packed, product)
+
+    def _upload(self, weight: Dense) -> torch.Tensor:
+        tensor = weight.to(self._device.torch_device).to(self._dtype).contiguous()
+        self._finite.append(torch.isfinite(tensor).all())
+        return tensor
+
+    def prepare_embedding(self, weight: Weight) -> torch.Tensor:
+        return self._upload(_as_tensor(weight))
+
+    def prepare_tied(self, weight: Weight) -> tuple[torch.Tensor, Linear]:
+        table = self.prepare_embedding(weight)
+        return table, Linear(table.shape[0], table.shape[1], None, table)
+
+    def prepare_norm(self, weight: Dense) -> torch.Tensor:
+        return weight.to(self._device.torch_device, torch.float32)
+
+    def prepare_rope(self, cos: np.ndarray, sin: np.ndarray) -> Rope:
+        return Rope(*(torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(self._device.torch_device) for x in (cos, sin)))
+
+    def finish_loading(self) -> None:
+        """Wait for the uploads, refuse numbers that are not finite, and make the dense copies that fit."""
+        if self._finite and not bool(torch.stack(self._finite).all()):
+            raise ModelError(
+                "The checkpoint holds a number that is not finite; fetch it again, or load it with engine.device = 'cpu' to learn which."
+            )
+        self._finite.clear()
+        grouped = [linear for linear in self._linears if linear.product is not None]
+        size = sum(2 * linear.n * linear.k for linear in grouped)
+        if makes_dense_copy(self._config, size, self._device.memory()[0]):
+            for linear in grouped:
+                linear.dense = torch.empty((linear.n, linear.k), **self._place)
+                linear.product.dequantize(linear.w4, linear.dense)
+        elif grouped:
+            self._scratch = torch.empty(max(linear.n * linear.k for linear in grouped), **self._place)
+
+    def load_kernels(self) -> None:
+        """Compile what the disk cache lacks, in parallel, and load everything."""
+        self.library.load(variant for operation in self._operations() for variant in operation.variants)
+
+    def _operations(self) -> list[Any]:
+        fixed = [self._embed, self._take, self._updates, self._rms_norm, self._add_rms_norm, self._silu_mul, self._rope_store]
+        return [*fixed, *self._decode.values(), *self._prefill.values(), *self._products.values()]
+
+    def make_kv(self, layout: KVLayout, num_blocks: int) -> list[torch.Tensor]:
+        """One view a layer of [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim]; the last block is for padding rows."""
+        return list(torch.empty(layout.shape(num_blocks + 1), **self._place))
+
+    def attach(self, state: State) -> None:
+        self._state = state
+
+    def bind(self, decoder: Any) -> None:
+        """Nothing is fused over layers: decode steps are captured as graphs by the runner."""
+
+    # -- a step ---------------------------------------------------------------------------------------------------------
+
+    def tiles(self, plan: StepPlan, num_decode: int) -> tuple[np.ndarray, int]:
+        """(int32 [P, 4], tokens of the largest): the prompt parts of a plan, rows `num_decode` and on, for the attention kernel."""
+        first, parts = num_decode, []
+        for slot, start, count in zip(plan.slots[num_decode:], plan.starts[num_decode:], plan.counts[num_decode:], strict=True):
+            parts.append((slot, first, count, start))
+            first += count
+        tiles = next(iter(self._prefill.values())).tiles(parts)
+        return tiles, int(tiles[:, TILE_TOKENS].max()) if len(tiles) else 0
+
+    def most_tiles(self, tokens: int, rows: int) -> int:
+        return next(iter(self._prefill.values())).most_tiles(tokens, rows)
+
+    def begin(self, batch: Step) -> Step:
+        self._updates(self._state.tables, batch.updates)
+        if batch.num_decode:
+            for decode in self._decode.values():
+                decode.schedule(batch.contexts, batch.row_slots, batch.num_decode)
+        return batch
+
+    def run_layers(self, x: Array, step: Step) -> None:
+        return None
+
+    def embed(self, table: torch.Tensor, step: Step) -> Array:
+        out = self._buffers.get("residual", step.num_tokens)
+        self._embed(table, self._state.ids, step.token_slots, step.positions, out)
+        return out
+
+    def rms_norm(self, x: Array, weight: torch.Tensor, eps: float) -> Array:
+        out = self._buffers.get("normed", len(x))
+        self._rms_norm(x, weight, out, eps)
+        return out
+
+    def add_rms_norm(self, x: Array, residual: Array, weight: torch.Tensor, eps: float) -> tuple[Array, Array]:
+        out = self._buffers.get("normed", len(x))
+        self._add_rms_norm(x, residual, weight, out, eps)
+        return out, residual
+
+    def linear(self, x: Array, weight: Linear) -> Array:
+        out = self._buffers.get(self._out[weight.n], len(x))
+        if weight.product is not None and weight.product.takes(len(x), has_dense=weight.dense is not None):
+            weight.product(x, weight.w4, out, weight.bias)
+            return out
+        dense = weight.dense
+        if dense is None:
+            dense = self._scratch[: weight.n * weight.k].view(weight.n, weight.k)
+            weight.product.dequantize(weight.w4, dense)
+        if weight.bias is None:
+            torch.mm(x, dense.T, out=out)
+        else:
+            torch.addmm(weight.bias, x, dense.T, out=out)
+        return out
+
+    def logits(self, x: Array, weight: Linear) -> Array:
+        out = self._logits.view(-1)[: len(x) * weight.n].view(len(x), weight.n)
+        self._device.matmul_f32(x, weight.dense, out)
+        return out
+
+    def rope_store(self, qkv: Array, step: Step, kv: torch.Tensor, rope: Rope, q_norm: Any, k_norm: Any, spec: ModelSpec) -> Array:
+        self._rope_store(
+            qkv, kv, step.token_slots, step.positions, self._state.tables, rope.cos, rope.sin, q_norm, k_norm, spec.rms_norm_eps
+        )  # fmt: skip
+        return qkv  # q lies in front, rotated in place
+
+    def attention(self, q: Array, step: Step, kv: torch.Tensor, window: int) -> Array:
+        out = self._buffers.get("attended", len(q))
+        tables = self._state.tables
+        if step.num_decode:
+            self._decode[window](q, kv, tables, out)
+        if len(step.tiles):
+            self._prefill[window](q, kv, tables, step.tiles, step.max_tile, out)
+        return out
+
+    def silu_mul(self, gate_up: Array) -> Array:
+        out = self._buffers.get("gated", len(gate_up))
+        self._silu_mul(gate_up, out)
+        return out
+
+    def take(self, x: Array, indices: torch.Tensor) -> Array:
+        if len(indices) == len(x):  # every token is sampled, in order
+            return x
+        out = self._taken[: len(indices)]
+        self._take(x, indices, out)
+        return out
+
+    def to_numpy(self, logits: Array) -> np.ndarray:
+        return logits.cpu().numpy()
+
+    def close(self) -> None:
+        self._device.synchronize()
+
+
+def _as_tensor(weight: Weight) -> torch.Tensor:
+    """8-bit groups, and grouped tables, in 16 bits: no kernel reads them as they are."""
+    return weight if isinstance(weight, torch.Tensor) else to_dense(weight)

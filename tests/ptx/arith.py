@@ -28,9 +28,7 @@ def bf16_to_f32(bits: Array) -> Array:
 
 def f32_to_bf16(value: Array) -> Array:
     """float32 -> uint16 patterns of bfloat16, to nearest even; a NaN becomes 0x7fff."""
-    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(value), np.uint16(0x7FFF), rounded.astype(np.uint16))
+    return (round_bits(np.ascontiguousarray(value, np.float32)) >> np.uint32(16)).astype(np.uint16)
 
 
 def operands(machine: Machine, instruction: Instruction, kind: str, count: int) -> list[Array]:
@@ -39,25 +37,58 @@ def operands(machine: Machine, instruction: Instruction, kind: str, count: int) 
 
 
 def halves(machine: Machine, instruction: Instruction, kind: str, count: int, function: Callable[..., Array]) -> Bound:
-    """16-bit floats, one or two in a register: computed in float64 (exact for a product and a sum), rounded once."""
+    """16-bit floats, one or two in a register, rounded once.
+
+    float32 is wide enough for that (24 >= 2 * 11 + 2 bits) but for fma, which goes through float64.
+    """
     storage = "u32" if kind in PACKED else "u16"
     destination = machine.register(instruction.operands[0], storage)
-    relu = "relu" in instruction.parts
+    relu, wide = "relu" in instruction.parts, np.float64 if count == 3 else np.float32
+
+    def value(*sources: Array) -> Array:
+        result = function(*[s.astype(wide, copy=False) for s in sources]).astype(np.float32, copy=False)
+        return np.maximum(result, np.float32(0)) if relu else result
+
     if kind.startswith("bf16"):
-        sources = [machine.wide(o, storage).view(np.uint16) for o in instruction.operands[1 : 1 + count]]
+        words = [machine.wide(o, storage) for o in instruction.operands[1 : 1 + count]]
+        if kind == "bf16":
+            return machine.alu(destination, lambda out: np.copyto(out, f32_to_bf16(value(*[bf16_to_f32(w) for w in words]))))
+        high_bits, sixteen = np.uint32(0xFFFF0000), np.uint32(16)
 
         def compute(out: Array) -> None:
-            value = function(*[bf16_to_f32(s).astype(np.float64) for s in sources]).astype(np.float32)
-            out.view(np.uint16)[...] = f32_to_bf16(np.maximum(value, np.float32(0)) if relu else value)
+            low = round_bits(value(*[(w << sixteen).view(np.float32) for w in words]))
+            high = round_bits(value(*[(w & high_bits).view(np.float32) for w in words]))
+            np.right_shift(low, sixteen, low)
+            np.bitwise_and(high, high_bits, high)
+            np.bitwise_or(low, high, out)
 
         return machine.alu(destination, compute)
-    sources = [machine.wide(o, "f16" if storage == "u16" else storage).view(np.float16) for o in instruction.operands[1 : 1 + count]]
+    halves_of = [machine.wide(o, "f16" if storage == "u16" else storage).view(np.float16) for o in instruction.operands[1 : 1 + count]]
 
     def compute_half(out: Array) -> None:
-        value = function(*[s.astype(np.float64) for s in sources]).astype(np.float16)
-        out.view(np.float16)[...] = np.maximum(value, np.float16(0)) if relu else value
+        np.copyto(out.view(np.float16), value(*halves_of), casting="same_kind")
 
+    if count == 3:  # float64 to float16 at once
+
+        def compute_fused(out: Array) -> None:
+            result = function(*[s.astype(np.float64) for s in halves_of]).astype(np.float16)
+            out.view(np.float16)[...] = np.maximum(result, np.float16(0)) if relu else result
+
+        return machine.alu(destination, compute_fused)
     return machine.alu(destination, compute_half)
+
+
+def round_bits(value: Array) -> Array:
+    """float32 -> uint32 whose upper half is the nearest bfloat16; a NaN stays one."""
+    bits = value.view(np.uint32)
+    up = bits >> np.uint32(16)
+    np.bitwise_and(up, np.uint32(1), up)
+    np.add(up, np.uint32(0x7FFF), up)
+    np.add(up, bits, up)
+    bad = np.isnan(value)
+    if bad.any():
+        up[bad] = 0x7FFF0000
+    return up
 
 
 def is_half(kind: str) -> bool:
@@ -247,7 +278,7 @@ def maximum(machine: Machine, instruction: Instruction) -> Bound:
 def extreme(machine: Machine, instruction: Instruction, number: Any, nan: Any) -> Bound:
     """min and max: a NaN loses unless .NaN is given; three operands (sm_100) are two steps."""
     function = nan if "NaN" in instruction.parts or "f" not in instruction.kind else number
-    return ufunc(function, 2)(machine, instruction)
+    return ufunc(lambda a, b, out=None: function(a, b, out=out), 2)(machine, instruction)
 
 
 def shift(machine: Machine, instruction: Instruction) -> Bound:

@@ -208,38 +208,53 @@ def mma(machine: Machine, instruction: Instruction) -> Bound:
     d_registers = [machine.register(item, accumulator) for item in d]
     dtype: Any = np.float64 if integer else np.float32
 
-    def decode(words: list[Array], kind: str, warps: int) -> list[Array]:
-        """Registers -> (warps, 8, across) blocks."""
-        stacked = np.stack(words).reshape(len(words), warps, 32)
-        if integer:
-            return list(stacked.view(np.int8 if kind == "s8" else np.uint8).reshape(len(words), warps, 8, across).astype(dtype))
-        pieces = stacked.view(np.uint16).reshape(len(words), warps, 8, across)
+    left = machine.scratch_shape(dtype, (machine.warps, 16, k), 1)
+    right = machine.scratch_shape(dtype, (machine.warps, k, 8), 2)  # rows of k: many times faster to multiply with
+    product = machine.scratch_shape(dtype, (machine.warps, 16, 8), 3)
+    element_type: Any = {"f16": np.float16, "bf16": np.uint16, "s8": np.int8, "u8": np.uint8}
+    crossed = any(x is not y and np.shares_memory(x, y) for i, x in enumerate(d_registers) for y in c_registers[i + 1 :])
+
+    def fill(into: Array, blocks: list[Array], kind: str, rows: int) -> None:
+        """Registers of whole warps into their 8-row blocks: rows first, then columns. `rows` 1: B, whose rows are k."""
+        target = into.view(np.uint32) if kind == "bf16" else into
+        target = target if rows == 2 else target.swapaxes(1, 2)
+        for at, block in enumerate(blocks):
+            row, column = at % rows * 8, at // rows * across
+            target[:, row : row + 8, column : column + across] = block.view(element_type[kind]).reshape(-1, 8, across)
         if kind == "bf16":
-            return list((pieces.astype(np.uint32) << np.uint32(16)).view(np.float32))
-        return list(pieces.view(np.float16).astype(np.float32))
+            np.left_shift(target, np.uint32(16), out=target)
 
     def core(lanes: Lanes) -> list[Array]:
         warps = whole_warps(machine, instruction, lanes)
-        pick = (lambda x: x) if lanes is None else (lambda x: x[lanes])
-        blocks = decode([pick(r) for r in a_registers], a_kind, warps)
-        columns = decode([pick(r) for r in b_registers], b_kind, warps)
-        left = np.empty((warps, 16, k), dtype)
-        for at, block in enumerate(blocks):  # rows g, g + 8; then the same with the next columns
-            left[:, at % 2 * 8 : at % 2 * 8 + 8, at // 2 * across : (at // 2 + 1) * across] = block
-        right = np.empty((warps, 8, k), dtype)
-        for at, block in enumerate(columns):
-            right[:, :, at * across : (at + 1) * across] = block
-        result = left @ right.swapaxes(1, 2)
+        a, b, c = ([r if lanes is None else r[lanes] for r in rs] for rs in (a_registers, b_registers, c_registers))
+        fill(left[:warps], a, a_kind, 2)
+        fill(right[:warps], b, b_kind, 1)
+        result = np.matmul(left[:warps], right[:warps], out=product[:warps])
         if half:
-            total = result + np.stack([pick(r).view(np.float16).reshape(warps, 8, 8) for r in c_registers], axis=1).reshape(warps, 16, 8)
+            total = result + np.stack([r.view(np.float16).reshape(warps, 8, 8) for r in c], axis=1).reshape(warps, 16, 8)
             words = np.ascontiguousarray(total.astype(np.float16)).view(np.uint32).reshape(warps, 2, 32)
             return [words[:, at].reshape(-1) for at in range(2)]
         quads = result.reshape(warps, 2, 8, 4, 2)
-        return [
-            quads[:, at // 2, :, :, at % 2].reshape(-1).astype(pick(r).dtype, copy=False) + pick(r) for at, r in enumerate(c_registers)
-        ]  # fmt: skip
+        if integer:
+            return [quads[:, at // 2, :, :, at % 2].reshape(-1).astype(np.int32) + r for at, r in enumerate(c)]
+        return [np.add(quads[:, at // 2, :, :, at % 2], r.reshape(warps, 8, 4)).reshape(-1) for at, r in enumerate(c)]
 
-    return machine.gathered([], d_registers, core)
+    bound = machine.gathered([], d_registers, core)
+    if half or integer or crossed:
+        return bound
+    quads = product.reshape(machine.warps, 2, 8, 4, 2)
+    sums = [
+        (quads[:, at // 2, :, :, at % 2], c_registers[at].reshape(-1, 8, 4), d_registers[at].reshape(-1, 8, 4)) for at in range(4)
+    ]  # fmt: skip
+
+    def full() -> None:
+        fill(left, a_registers, a_kind, 2)
+        fill(right, b_registers, b_kind, 1)
+        np.matmul(left, right, out=product)
+        for part, addend, destination in sums:
+            np.add(part, addend, out=destination)
+
+    return Bound(full, bound.masked)
 
 
 def movmatrix(machine: Machine, instruction: Instruction) -> Bound:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx.arith import bf16_to_f32, directed, f32_to_bf16
+from tests.ptx.arith import bf16_to_f32, directed, f32_to_bf16, round_bits
 from tests.ptx.errors import EmulatorError
 from tests.ptx.machine import DTYPE, LOCAL_WINDOW, RAW, SHARED_WINDOW, Array, Bound, Machine
 from tests.ptx.parser import WIDTH, Instruction, Operand
@@ -160,6 +160,16 @@ def cvt_pair(machine: Machine, instruction: Instruction, to: str) -> Bound:
     high, low = (machine.source(o, "f32") for o in instruction.operands[1:3])
     change = conversion(to.removesuffix("x2"), "f32", instruction.parts)
     saturate = "satfinite" in instruction.parts
+
+    if to == "bf16x2" and "rn" in instruction.parts and "relu" not in instruction.parts and high.ndim and low.ndim:
+        upper_bits, sixteen = np.uint32(0xFFFF0000), np.uint32(16)
+
+        def nearest(out: Array) -> None:
+            upper = round_bits(high)
+            np.bitwise_and(upper, upper_bits, upper)
+            np.bitwise_or(round_bits(low) >> sixteen, upper, out)
+
+        return machine.alu(machine.register(instruction.operands[0], "u32"), nearest)
 
     def compute(out: Array) -> None:
         pair = out.view(np.uint16 if to == "bf16x2" else np.float16)

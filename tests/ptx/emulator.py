@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.ptx.constants import propagate
 from tests.ptx.errors import EmulatorError
 from tests.ptx.inline import unfold
 from tests.ptx.loadstore import copies_of
@@ -35,6 +36,8 @@ def parsed(text: str) -> Module:
     if digest not in _parsed:
         module = parse(text)
         unfold(module)
+        for kernel in module.kernels.values():
+            propagate(kernel)
         _parsed[digest] = module
     return _parsed[digest]
 

@@ -51,6 +51,7 @@ class Machine:
         self.symbols = dict(symbols)
         self.raw = {n: np.zeros(self.lanes, np.bool_ if k == "pred" else RAW[WIDTH[k]]) for n, k in kernel.registers.items()}
         self.carry = np.zeros(self.lanes, np.bool_)
+        self.shaped: dict[tuple[Any, int, tuple[int, ...]], Array] = {}
         self.scratches: dict[tuple[Any, int], Array] = {}
         self.launch_values: dict[str, Array] = {}
         self.param_bytes = np.zeros(max([offset + size_of(kind) for _, kind, offset in kernel.params] or [8]) + 16, np.uint8)
@@ -155,6 +156,13 @@ class Machine:
         if key not in self.scratches:
             self.scratches[key] = np.zeros(self.lanes * factor, dtype)
         return self.scratches[key]
+
+    def scratch_shape(self, dtype: Any, shape: tuple[int, ...], number: int) -> Array:
+        """The same with a shape of its own."""
+        key = (np.dtype(dtype), number, shape)
+        if key not in self.shaped:
+            self.shaped[key] = np.zeros(shape, dtype)
+        return self.shaped[key]
 
     def register(self, operand: Operand, kind: str) -> Array:
         """The view of a register as a type of the same width."""

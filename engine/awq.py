@@ -22,10 +22,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.w4 import W4, pack
+from engine.w4 import W4
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PACK = 8  # output channels in an int32
+COLUMNS = 32  # of int32s repacked at a time, so that the passes stay in a core's cache
 SYMMETRIC_ZERO = 8  # of a file without qzeros
 
 
@@ -88,4 +89,21 @@ def to_w4(weight: AWQ) -> W4:
     """The same numbers exactly: scale as it is, bias = -zero * scale."""
     scale = weight.scales.T.astype(np.float32, order="C")
     zero = unpack(weight.qzeros).T.astype(np.float32)
-    return W4(pack(np.ascontiguousarray(unpack(weight.qweight).T)), scale, -zero * scale)
+    return W4(_pair_nibbles(weight.qweight), scale, -zero * scale)
+
+
+def _pair_nibbles(qweight: np.ndarray) -> np.ndarray:
+    """int32 [K, N / 8] -> uint8 [N, K / 2] as W4 has them, eight nibbles at a time: of two rows, one's even nibbles beside the
+    other's make four bytes, the odd ones the next four."""
+    k, columns = qweight.shape
+    words = np.ascontiguousarray(qweight).view(np.uint32)
+    out = np.empty((columns, PACK, k // 2), np.uint8)
+    even, four = np.uint32(0x0F0F0F0F), np.uint32(4)
+    for column in range(0, columns, COLUMNS):
+        part = words[:, column : column + COLUMNS]
+        first, second = part[0::2], part[1::2]
+        pairs = (first & even) | ((second & even) << four), ((first >> four) & even) | (second & ~even)
+        for odd, pair in enumerate(pairs):
+            for byte, values in enumerate(np.moveaxis(pair.view(np.uint8).reshape(*pair.shape, 4), -1, 0)):
+                out[column : column + COLUMNS, ORDER[2 * byte + odd]] = values.T
+    return out.reshape(columns * PACK, k // 2)

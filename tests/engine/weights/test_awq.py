@@ -51,7 +51,7 @@ def transcribed(weight: AWQ) -> np.ndarray:
 # ---- the numbers
 
 
-@pytest.mark.parametrize("n, k, group", [(8, 32, 32), (24, 128, 64), (16, 256, 128), (40, 96, 32)])
+@pytest.mark.parametrize("n, k, group", [(8, 32, 32), (24, 128, 64), (16, 256, 128), (40, 96, 32), (520, 64, 32)])
 def test_numbers_are_those_of_the_drawing(n: int, k: int, group: int) -> None:
     weight = random_awq(n, k, group)
     assert (weight.out_features, weight.in_features, weight.group_size) == (n, k, group)

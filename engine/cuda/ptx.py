@@ -15,11 +15,12 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 from numba.cuda.extending import intrinsic
+from numba.cuda.core.targetconfig import ConfigStack
 
-u16, u32, u64, i32, f32 = types.uint16, types.uint32, types.uint64, types.int32, types.float32
+u16, u32, u64, i32, f32, f64 = types.uint16, types.uint32, types.uint64, types.int32, types.float32, types.float64
 
-_LLVM = {u16: ir.IntType(16), u32: ir.IntType(32), i32: ir.IntType(32), u64: ir.IntType(64), f32: ir.FloatType()}
-_CONSTRAINT = {u16: "h", u32: "r", i32: "r", u64: "l", f32: "f"}
+_LLVM = {u16: ir.IntType(16), u32: ir.IntType(32), i32: ir.IntType(32), u64: ir.IntType(64), f32: ir.FloatType(), f64: ir.DoubleType()}
+_CONSTRAINT = {u16: "h", u32: "r", i32: "r", u64: "l", f32: "f", f64: "d"}
 
 
 def _asm(text: str, results: list[Any], arguments: list[Any], *, pure: bool = False, memory: bool = False, tied: int = 0) -> Any:
@@ -50,15 +51,65 @@ def _asm(text: str, results: list[Any], arguments: list[Any], *, pure: bool = Fa
     def typed(typingctx: Any, *given: Any) -> Any:
         return returns(*arguments), generate
 
-    # numba reads the signature to count the arguments of a call
-    parameter = inspect.Parameter
-    names = ["typingctx", *(f"a{i}" for i in range(len(arguments)))]
-    typed.__signature__ = inspect.Signature([parameter(name, parameter.POSITIONAL_OR_KEYWORD) for name in names])  # type: ignore[attr-defined]
+    typed.__signature__ = _signature(len(arguments))  # type: ignore[attr-defined]
     return intrinsic(typed)
+
+
+def _signature(count: int) -> inspect.Signature:
+    """What numba reads to count the arguments of a call."""
+    parameter = inspect.Parameter
+    names = ["typingctx", *(f"a{i}" for i in range(count))]
+    return inspect.Signature([parameter(name, parameter.POSITIONAL_OR_KEYWORD) for name in names])
 
 
 def _tuple(results: list[Any]) -> Any:
     return types.UniTuple(results[0], len(results)) if len(set(results)) == 1 else types.Tuple(results)
+
+
+def unrolled(count: int, function: Any) -> Any:
+    """An intrinsic that calls function(0, ...) .. function(count - 1, ...) with its own arguments.
+
+    A loop that is certain to unroll, however long its body: local arrays indexed by the counter stay registers. The body is
+    typed once, its copies are made by the assembler's compiler.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        flags = ConfigStack().top().copy()
+        flags.forceinline = True
+        body = types.none(i32, *signature.args)
+        compiled = context.compile_subroutine(builder, function, body, flags=flags, caching=False)
+        for i in range(count):
+            context.call_internal(builder, compiled.fndesc, body, [ir.Constant(ir.IntType(32), i), *operands])
+        return context.get_dummy_value()
+
+    def typed(typingctx: Any, *given: Any) -> Any:
+        return types.void(*given), generate
+
+    parameter = inspect.Parameter
+    names = ["typingctx", *list(inspect.signature(function).parameters)[1:]]
+    typed.__signature__ = inspect.Signature([parameter(name, parameter.POSITIONAL_OR_KEYWORD) for name in names])  # type: ignore[attr-defined]
+    return intrinsic(typed)
+
+
+def device_function(returns: Any, *arguments: Any) -> Any:
+    """A Python function as a typed one that kernels call: compiled once a kernel for the kernel's own architecture, then inlined by
+    LLVM. (`cuda.jit(device=True)` asks the driver for an architecture, or copies the function into each caller before types are
+    known, which is slow where functions call functions.)"""
+
+    def decorate(body: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+            flags = ConfigStack().top().copy()
+            flags.forceinline = True
+            compiled = context.compile_subroutine(builder, body, signature, flags=flags)
+            return context.call_internal(builder, compiled.fndesc, signature, operands)
+
+        def typed(typingctx: Any, *given: Any) -> Any:
+            return returns(*arguments), generate
+
+        typed.__signature__ = _signature(len(arguments))  # type: ignore[attr-defined]
+        return intrinsic(typed)
+
+    return decorate
 
 
 # -- addresses ----------------------------------------------------------------------------------------------------------
@@ -85,6 +136,18 @@ def _generic_address(typingctx: Any, array: Any) -> Any:
         return builder.ptrtoint(context.make_array(array)(context, builder, value=operands[0]).data, ir.IntType(64))
 
     return u64(array), generate
+
+
+@intrinsic
+def float_pointer(typingctx: Any, at: Any) -> Any:
+    """The pointer to float32 at a global address (uint64): what `address` undoes."""
+    if at != u64:
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        return builder.inttoptr(operands[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(f32)(u64), generate
 
 
 to_shared = _asm("{ .reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t; }", [u32], [u64], pure=True)  # cvta
@@ -141,10 +204,12 @@ mma_bf16 = _asm(_MMA.format("bf16"), [f32] * 4, [u32] * 6 + [f32] * 4, pure=True
 mma_f16 = _asm(_MMA.format("f16"), [f32] * 4, [u32] * 6 + [f32] * 4, pure=True)
 MMA = {"bfloat16": mma_bf16, "float16": mma_f16}
 
+
 # -- bits -------------------------------------------------------------------------------------------------------------------
 
 permute_bytes = _asm("prmt.b32 $0, $1, $2, $3;", [u32], [u32, u32, u32], pure=True)  # prmt
 and_or = _asm("lop3.b32 $0, $1, $2, $3, 0xEA;", [u32], [u32, u32, u32], pure=True)  # lop3: (a & b) | c
+rotate_right = _asm("shf.r.wrap.b32 $0, $1, $1, $2;", [u32], [u32, u32], pure=True)  # shf: bits $1 by $2
 float_of_bits = _asm("mov.b32 $0, $1;", [f32], [u32], pure=True)
 bits_of_float = _asm("mov.b32 $0, $1;", [u32], [f32], pure=True)
 
@@ -202,3 +267,28 @@ add_counter = _asm("atom.add.acq_rel.gpu.global.u32 $0, [$1], $2;", [u32], [u64,
 move_matrix_transposed = _asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", [u32], [u32], memory=True)  # movmatrix, sm_75
 maximum = _asm("max.f32 $0, $1, $2;", [f32], [f32, f32], pure=True)  # of a number and NaN, the number
 fma = _asm("fma.rn.f32 $0, $1, $2, $3;", [f32], [f32, f32, f32], pure=True)  # a * b + c that no compiler splits or joins otherwise
+
+# -- sampling: float32 arithmetic as written, wide integers, a sum in shared memory ------------------------------------------------
+# `.rn` on add, sub and mul keeps the compiler from joining them: the results are those of the CPU, bit for bit.
+
+add_exact = _asm("add.rn.f32 $0, $1, $2;", [f32], [f32, f32], pure=True)
+subtract_exact = _asm("sub.rn.f32 $0, $1, $2;", [f32], [f32, f32], pure=True)
+multiply_exact = _asm("mul.rn.f32 $0, $1, $2;", [f32], [f32, f32], pure=True)
+divide_exact = _asm("div.rn.f32 $0, $1, $2;", [f32], [f32, f32], pure=True)
+multiply_high_64 = _asm("mul.hi.u64 $0, $1, $2;", [u64], [u64, u64], pure=True)  # the upper half of the product
+_SHUFFLE_64 = (
+    "{{ .reg .b32 l, h; mov.b64 {{l, h}}, $1; shfl.sync.{0}.b32 l, l, $2, {1}, 0xffffffff; "
+    "shfl.sync.{0}.b32 h, h, $2, {1}, 0xffffffff; mov.b64 $0, {{l, h}}; }}"
+)
+shuffle_xor_64 = _asm(_SHUFFLE_64.format("bfly", "0x1f"), [u64], [u64, u32], memory=True)
+shuffle_up = _asm("shfl.sync.up.b32 $0, $1, $2, 0x0, 0xffffffff;", [u32], [u32, u32], memory=True)  # from lane - a1; else its own
+shuffle_up_64 = _asm(_SHUFFLE_64.format("up", "0x0"), [u64], [u64, u32], memory=True)
+shuffle_from_64 = _asm(_SHUFFLE_64.format("idx", "0x1f"), [u64], [u64, u32], memory=True)  # from lane a1
+add_shared = _asm("atom.shared.add.u32 $0, [$1], $2;", [u32], [u32, u32], memory=True)  # the value before
+double_of_bits = _asm("mov.b64 $0, $1;", [f64], [u64], pure=True)
+ceiling = _asm("cvt.rpi.f64.f64 $0, $1;", [f64], [f64], pure=True)
+
+# -- between cards: what one writes with release the other sees after acquire (8.5, memory consistency) -----------------------------
+
+store_release_system = _asm("st.release.sys.global.u32 [$0], $1;", [], [u64, u32], memory=True)
+load_acquire_system = _asm("ld.acquire.sys.global.u32 $0, [$1];", [u32], [u64], memory=True)

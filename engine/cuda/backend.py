@@ -19,6 +19,7 @@ from config.schema import Config
 from engine.awq import AWQ
 from engine.backend import Dense, Weight
 from engine.cache.layout import KVLayout
+from engine.cuda.all_reduce import one_shot_sum
 from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
 from engine.cuda.kv_store import RopeStore
 from engine.cuda.launch import Library
@@ -110,6 +111,7 @@ class CudaBackend:
             decode.bind(torch.empty(decode.scratch_bytes, dtype=torch.uint8, device=device.torch_device))
             self._decode[window] = decode
             self._prefill[window] = PrefillAttention(*shape, device.multiprocessors, device.cc, window=window)
+        self._one_shot = ranks.one_shot = one_shot_sum(library, device.torch_device, ranks, self._dtype)
         kv_width = 2 * self._kv_heads * spec.head_dim
         self._out = {  # which buffer the products of a width go to
             hidden: "hidden", 2 * self._intermediate: "gate_up", self._heads * spec.head_dim + kv_width: "qkv",
@@ -178,7 +180,9 @@ class CudaBackend:
         self.library.load(variant for operation in self._operations() for variant in operation.variants)
 
     def _operations(self) -> list[Any]:
-        fixed = [self._embed, self._take, self._updates, self._rms_norm, self._add_rms_norm, self._silu_mul, self._rope_store]
+        fixed: list[Any] = [self._embed, self._take, self._updates, self._rms_norm, self._add_rms_norm, self._silu_mul, self._rope_store]
+        if self._one_shot is not None:
+            fixed.append(self._one_shot)
         return [*fixed, *self._decode.values(), *self._prefill.values(), *self._products.values()]
 
     def make_kv(self, layout: KVLayout, num_blocks: int) -> list[torch.Tensor]:

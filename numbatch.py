@@ -86,7 +86,7 @@ class GenerationConfig:
         """As fields of a request; `ValueError` where fields contradict each other."""
         if self.n != 1:
             raise ValueError(f"n must be 1, not {self.n}: give the prompt {self.n} times; what it shares is computed once.")
-        drawn: dict[str, float | None] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        drawn: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         given = [name for name, value in drawn.items() if value is not None]
         if self.do_sample is False and given and self.temperature != 0:
             raise ValueError(f"do_sample = False is greedy, where {given[0]} means nothing: leave one of them out.")

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from engine.awq import AWQ
 from engine.batch import Batch
 from engine.cache.layout import KVLayout
 from engine.models.spec import ModelSpec
@@ -20,13 +21,14 @@ from engine.w8 import W8
 
 Array = Any
 Dense = torch.Tensor  # float32, float16 or bfloat16, on the CPU as read from the file
-Weight = Dense | W4 | W8
+Weight = Dense | W4 | W8 | AWQ
 
 
 class Backend(Protocol):
     name: str
+    stacks: bool  # whether `prepare_linear` takes a list of weights with one input, to be stacked where they are repacked
 
-    def prepare_linear(self, weight: Weight, bias: Dense | None) -> Any:
+    def prepare_linear(self, weight: Weight | list[Weight], bias: Dense | None) -> Any:
         """Repack a weight [N, K] (+ bias [N]) once, at load, into what `linear` reads."""
 
     def prepare_embedding(self, weight: Weight) -> Any:

@@ -114,6 +114,7 @@ class ReferenceBackend:
     """The protocol of `engine/backend.py` over the functions above; arrays are numpy float32."""
 
     name = "reference"
+    stacks = False
 
     def prepare_linear(self, weight: Weight, bias: Dense | None) -> _Linear:
         return _Linear(dense(weight), None if bias is None else dense(bias))

@@ -98,6 +98,7 @@ class CpuBackend:
     """See the module. `dtype`: "float32" or "bfloat16"."""
 
     name = "cpu"
+    stacks = False
 
     def __init__(self, spec: ModelSpec, dtype: str, num_threads: int) -> None:
         if dtype not in ("float32", "bfloat16"):

@@ -76,6 +76,7 @@ class CudaBackend:
     """See the module. `dtype`: "bfloat16" or "float16"."""
 
     name = "cuda"
+    stacks = True
 
     def __init__(self, config: Config, spec: ModelSpec, dtype: str, session_len: int, ranks: Ranks, device: Any) -> None:
         self._config, self._spec, self._device = config, spec, device
@@ -123,31 +124,42 @@ class CudaBackend:
 
     # -- load -----------------------------------------------------------------------------------------------------------
 
-    def prepare_linear(self, weight: Weight, bias: Dense | None) -> Linear:
-        vector = None if bias is None else self._upload(bias)
-        if isinstance(weight, W4 | AWQ):
-            linear = self._grouped(weight, vector)
-        else:
-            dense = self._upload(_as_tensor(weight))
+    def prepare_linear(self, weight: Weight | list[Weight], bias: Dense | None) -> Linear:
+        parts = weight if isinstance(weight, list) else [weight]
+        vector = None if bias is None else self._upload([bias])
+        linear = self._grouped(parts, vector)
+        if linear is None:
+            dense = self._upload([to_dense(part) for part in parts])
             linear = Linear(dense.shape[0], dense.shape[1], vector, dense)
         self._linears.append(linear)
         return linear
 
-    def _grouped(self, weight: W4 | AWQ, bias: torch.Tensor | None) -> Linear:
-        n, k, group = weight.out_features, weight.in_features, weight.group_size
+    def _grouped(self, parts: list[Weight], bias: torch.Tensor | None) -> Linear | None:
+        """Parts of one 4-bit form stay 4-bit; None: they are something else, or mixed."""
+        first = parts[0]
+        if not isinstance(first, W4 | AWQ) or {(type(p), p.group_size) for p in parts} != {(type(first), first.group_size)}:  # type: ignore[union-attr]
+            return None
+        n, k, group = sum(p.out_features for p in parts), first.in_features, first.group_size  # type: ignore[union-attr]
         product = self._products.get((n, k, group))
         if product is None:
             product = self._products[n, k, group] = W4Matmul(self.library, n, k, group, self._dtype_name)
-        packed = product.pack_from_awq([weight]) if isinstance(weight, AWQ) else product.pack_from_w4([weight])
+        packed = product.pack_from_awq(parts) if isinstance(first, AWQ) else product.pack_from_w4(parts)
         return Linear(n, k, bias, None, packed, product)
 
-    def _upload(self, weight: Dense) -> torch.Tensor:
-        tensor = weight.to(self._device.torch_device).to(self._dtype).contiguous()
-        self._finite.append(torch.isfinite(tensor).all())
-        return tensor
+    def _upload(self, parts: list[Dense]) -> torch.Tensor:
+        """In the computing dtype, one under the other."""
+        rows = sum(part.shape[0] for part in parts)
+        out = torch.empty((rows, *parts[0].shape[1:]), **self._place)
+        at = 0
+        for part in parts:
+            target = out[at : at + part.shape[0]]
+            at += part.shape[0]
+            target.copy_(part.to(self._device.torch_device))  # converted there
+        self._finite.append(torch.isfinite(out).all())
+        return out
 
     def prepare_embedding(self, weight: Weight) -> torch.Tensor:
-        return self._upload(_as_tensor(weight))
+        return self._upload([to_dense(weight)])
 
     def prepare_tied(self, weight: Weight) -> tuple[torch.Tensor, Linear]:
         table = self.prepare_embedding(weight)
@@ -166,6 +178,7 @@ class CudaBackend:
                 "The checkpoint holds a number that is not finite; fetch it again, or load it with engine.device = 'cpu' to learn which."
             )
         self._finite.clear()
+        self._device.give_back()
         grouped = [linear for linear in self._linears if linear.product is not None]
         size = sum(2 * linear.n * linear.k for linear in grouped)
         if makes_dense_copy(self._config, size, self._device.memory()[0]):
@@ -286,8 +299,3 @@ class CudaBackend:
 
     def close(self) -> None:
         self._device.synchronize()
-
-
-def _as_tensor(weight: Weight) -> torch.Tensor:
-    """8-bit groups, and grouped tables, in 16 bits: no kernel reads them as they are."""
-    return weight if isinstance(weight, torch.Tensor) else to_dense(weight)

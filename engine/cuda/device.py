@@ -82,6 +82,15 @@ class CudaDevice:
         """(free, total) bytes of the card."""
         return torch.cuda.mem_get_info(self.torch_device)
 
+    def give_back(self) -> None:
+        """What torch keeps of freed memory goes back to the driver, so that `memory` tells the truth."""
+        self._stream.synchronize()
+        torch.cuda.empty_cache()
+
+    def matmul_f32(self, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+        """out float32 [rows, N] = x [rows, K] w [N, K]^T, of 16-bit inputs."""
+        torch.mm(x, w.T, out_dtype=torch.float32, out=out)
+
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that the card reads while the host goes on."""
         return torch.empty(shape, dtype=dtype, pin_memory=True)

@@ -95,7 +95,8 @@ class LayerLoader:
 
     def _out(self, parts: list[tuple[str, slice]], bias: bool) -> Linear:
         """Several weights that read the same input, as one: their output channels one after the other."""
-        weight = stack([self._checkpoint.weight(name, rows=rows, dense=self._exact) for name, rows in parts])
+        weights = [self._checkpoint.weight(name, rows=rows, dense=self._exact) for name, rows in parts]
+        weight = weights if self._backend.stacks else stack(weights)
         biases = [self._checkpoint.bias(name, rows=rows) for name, rows in parts] if bias else []
         return Linear(self._backend.prepare_linear(weight, torch.cat(biases) if bias else None), self._backend, self._ranks, "out")
 

@@ -211,18 +211,25 @@ def mma(machine: Machine, instruction: Instruction) -> Bound:
     left = machine.scratch_shape(dtype, (machine.warps, 16, k), 1)
     right = machine.scratch_shape(dtype, (machine.warps, k, 8), 2)  # rows of k: many times faster to multiply with
     product = machine.scratch_shape(dtype, (machine.warps, 16, 8), 3)
+    line = machine.scratch_shape(dtype, (machine.warps * 8 * across,), 4)
     element_type: Any = {"f16": np.float16, "bf16": np.uint16, "s8": np.int8, "u8": np.uint8}
     crossed = any(x is not y and np.shares_memory(x, y) for i, x in enumerate(d_registers) for y in c_registers[i + 1 :])
 
     def fill(into: Array, blocks: list[Array], kind: str, rows: int) -> None:
         """Registers of whole warps into their 8-row blocks: rows first, then columns. `rows` 1: B, whose rows are k."""
-        target = into.view(np.uint32) if kind == "bf16" else into
-        target = target if rows == 2 else target.swapaxes(1, 2)
+        flat = line[: len(into) * 8 * across]  # converted first, then placed: a transposing conversion is slow
+        placed = flat.reshape(-1, 8, across)
         for at, block in enumerate(blocks):
+            if kind == "bf16":
+                np.copyto(flat.view(np.uint32), block.view(np.uint16))
+                np.left_shift(flat.view(np.uint32), np.uint32(16), out=flat.view(np.uint32))
+            else:
+                np.copyto(flat, block.view(element_type[kind]))
             row, column = at % rows * 8, at // rows * across
-            target[:, row : row + 8, column : column + across] = block.view(element_type[kind]).reshape(-1, 8, across)
-        if kind == "bf16":
-            np.left_shift(target, np.uint32(16), out=target)
+            if rows == 2:
+                into[:, row : row + 8, column : column + across] = placed
+            else:
+                into[:, column : column + across] = placed.swapaxes(1, 2)
 
     def core(lanes: Lanes) -> list[Array]:
         warps = whole_warps(machine, instruction, lanes)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx.constants import propagate
 from tests.ptx.errors import EmulatorError
 from tests.ptx.inline import unfold
 from tests.ptx.loadstore import copies_of
@@ -23,6 +22,7 @@ from tests.ptx.machine import DTYPE, Machine, size_of
 from tests.ptx.memory import Memory, Region, Window
 from tests.ptx.parser import Instruction, Kernel, Module, parse
 from tests.ptx.program import Program
+from tests.ptx.registers import propagate, share
 
 __all__ = ["Emulator", "EmulatorError", "Memory"]
 SHARED_LIMIT = 227 * 1024  # of one thread block on sm_90
@@ -38,6 +38,7 @@ def parsed(text: str) -> Module:
         unfold(module)
         for kernel in module.kernels.values():
             propagate(kernel)
+            share(kernel)
         _parsed[digest] = module
     return _parsed[digest]
 

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     import argcomplete
 
-    print(argcomplete.shellcode(["numbatch"], shell=args.shell))
+    print(argcomplete.shellcode(["numbatch"], True, args.shell))
     return 0
 
 

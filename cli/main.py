@@ -50,6 +50,9 @@ COMMANDS = {
 }
 
 
+OWN_SPELLING = ("fetch", "check_env", "bench")  # their flags were never LMDeploy's: nothing to translate
+
+
 def there(commands: dict[str, Command]) -> dict[str, Command]:
     """The commands whose modules exist."""
     return {name: command for name, command in commands.items() if command.below or importlib.util.find_spec(command.module) is not None}
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name = choose(words.pop(0), list(there(commands)), "command")
             prog, command = f"{prog} {name}", commands[name]
             if not command.below:
-                return int(importlib.import_module(command.module).main(modern(words, say)))
+                return int(importlib.import_module(command.module).main(words if name in OWN_SPELLING else modern(words, say)))
             commands = command.below
     except (UsageError, ConfigError) as error:
         say(f"{prog}: {error}")

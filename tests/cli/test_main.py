@@ -1,0 +1,117 @@
+"""Which command is meant, how fast that is known, and what a mistyped one is told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.main import COMMANDS, SERVE, main, there
+from tests.cli.programs import run
+
+
+def test_the_overview_lists_every_command_that_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in there(COMMANDS))
+    assert main(["serve", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in there(SERVE))
+
+
+def test_nothing_heavy_is_imported_for_help(root: Path) -> None:
+    code = "import sys; from cli.main import main; main(['--help']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split("\n")[-2].split()}
+    assert not loaded & {"torch", "numba", "numpy", "aiohttp", "tokenizers", "httpx", "prompt_toolkit", "argcomplete", "asyncio"}
+
+
+@pytest.mark.parametrize("name", [name for name, command in there(COMMANDS).items() if not command.below])
+def test_every_command_has_help(name: str) -> None:
+    done = run(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize("name", list(there(SERVE)))
+def test_every_serving_command_has_help(name: str) -> None:
+    done = run("serve", name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["chatt"], "numbatch: there is no command 'chatt'; did you mean chat?"),
+        (["serve", "apiserver"], "did you mean api_server?"),
+        (["lite", "auto_wq"], "did you mean auto_awq?"),
+        (["bench", "offlin"], "did you mean offline?"),
+        (["nothing-like-it"], "there are chat, serve, list"),
+    ],
+)
+def test_a_mistyped_command_is_told_the_nearest(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["auto_awq", "auto_gptq", "calibrate", "kv_qparams", "smooth_quant", "get_small_sharded_hf"])
+def test_lite_is_refused_by_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lite", command, "model", "--w-bits", "4"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"numbatch lite: {command}: ")
+    assert len(said) > 40
+
+
+def test_list_names_families_and_templates(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    said = capsys.readouterr().out
+    for name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "internlm-chat-7b", "internlm2-chat-1_8b", "qwen-7b", "llama-2"):
+        assert name in said
+
+
+def test_bench_runs_a_program_with_its_own_flags(root: Path) -> None:
+    done = run("bench", "offline", "--help")
+    assert done.returncode == 0
+    assert "--" in done.stdout
+
+
+def complete(line: str) -> list[str]:
+    """What argcomplete answers a shell: it writes to descriptor 8."""
+    script = 'exec 8>&1 1>/dev/null; exec "$0" -m cli'
+    env = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_SHELL": "bash",
+        "_ARGCOMPLETE_IFS": "\n",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "COMP_TYPE": "9",
+    }
+    done = subprocess.run(["bash", "-c", script, sys.executable], capture_output=True, text=True, env={**os.environ, **env}, timeout=60)
+    return [word.strip() for word in done.stdout.split("\n") if word.strip()]
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("numbatch se", {"serve"}),
+        ("numbatch serve api_", {"api_server", "api_client"}),
+        ("numbatch serve api_server --cache", {"--cache-max-entry-count", "--cache-block-seq-len"}),
+        ("numbatch serve api_server --log-level DEB", {"DEBUG"}),
+        ("numbatch completion z", {"zsh"}),
+    ],
+)
+def test_tab_completes(line: str, wanted: set[str]) -> None:
+    assert set(complete(line)) == wanted
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_is_the_shells(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    said = capsys.readouterr().out
+    assert "numbatch" in said
+    if shell == "bash":
+        assert subprocess.run(["bash", "-n"], input=said, text=True).returncode == 0

@@ -14,8 +14,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.cuda.extending import intrinsic
 from numba.cuda.core.targetconfig import ConfigStack
+from numba.cuda.extending import intrinsic
 
 u16, u32, u64, i32, f32, f64 = types.uint16, types.uint32, types.uint64, types.int32, types.float32, types.float64
 
@@ -136,18 +136,6 @@ def _generic_address(typingctx: Any, array: Any) -> Any:
         return builder.ptrtoint(context.make_array(array)(context, builder, value=operands[0]).data, ir.IntType(64))
 
     return u64(array), generate
-
-
-@intrinsic
-def float_pointer(typingctx: Any, at: Any) -> Any:
-    """The pointer to float32 at a global address (uint64): what `address` undoes."""
-    if at != u64:
-        return None
-
-    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
-        return builder.inttoptr(operands[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(f32)(u64), generate
 
 
 to_shared = _asm("{ .reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t; }", [u32], [u64], pure=True)  # cvta
@@ -284,6 +272,7 @@ shuffle_xor_64 = _asm(_SHUFFLE_64.format("bfly", "0x1f"), [u64], [u64, u32], mem
 shuffle_up = _asm("shfl.sync.up.b32 $0, $1, $2, 0x0, 0xffffffff;", [u32], [u32, u32], memory=True)  # from lane - a1; else its own
 shuffle_up_64 = _asm(_SHUFFLE_64.format("up", "0x0"), [u64], [u64, u32], memory=True)
 shuffle_from_64 = _asm(_SHUFFLE_64.format("idx", "0x1f"), [u64], [u64, u32], memory=True)  # from lane a1
+load_f32 = _asm("ld.global.f32 $0, [$1];", [f32], [u64], memory=True)
 add_shared = _asm("atom.shared.add.u32 $0, [$1], $2;", [u32], [u32, u32], memory=True)  # the value before
 double_of_bits = _asm("mov.b64 $0, $1;", [f64], [u64], pure=True)
 ceiling = _asm("cvt.rpi.f64.f64 $0, $1;", [f64], [f64], pure=True)
@@ -292,3 +281,8 @@ ceiling = _asm("cvt.rpi.f64.f64 $0, $1;", [f64], [f64], pure=True)
 
 store_release_system = _asm("st.release.sys.global.u32 [$0], $1;", [], [u64, u32], memory=True)
 load_acquire_system = _asm("ld.acquire.sys.global.u32 $0, [$1];", [u32], [u64], memory=True)
+_MMA_ADD = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{$0,$1,$2,$3}}, {{$8,$9,$10,$11}}, {{$12,$13}}, {{$0,$1,$2,$3}};"
+MMA_ADD = {  # (c0 .. c3, a0 .. a3, b0, b1) -> c0 .. c3, in the same registers: assemblers for sm_8x do not find that by themselves
+    dtype: _asm(_MMA_ADD.format(name), [f32] * 4, [f32] * 4 + [u32] * 6, pure=True, tied=4)
+    for dtype, name in (("bfloat16", "bf16"), ("float16", "f16"))
+}

@@ -1,0 +1,166 @@
+"""Rope, q/k norm, logn and the KV write against engine/reference.py, in the emulator; the pool starts as NaN."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from engine import reference
+from engine.cuda.kv_store import RopeStore
+from engine.cuda.launch import Library, Variant, assemble, to_ptx
+from tests.ptx.device import EmulatedDevice
+
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half an ulp, relative
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+EPS, SLOTS, BLOCKS, MAX_POSITION = 1e-6, 3, 14, 300
+PORTABLE = (7, 5)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return Library(EmulatedDevice((9, 0)), tmp_path_factory.mktemp("kernels"))
+
+
+class World:
+    """A step of ragged rows over scattered blocks, padding of the dummy slot at its end."""
+
+    def __init__(self, heads, kv_heads, head_dim, rotary, bsl, dtype, seed=0):
+        rng = np.random.default_rng(seed)
+        self.heads, self.kv_heads, self.head_dim, self.bsl, self.dtype = heads, kv_heads, head_dim, bsl, dtype
+        per_slot = -(-MAX_POSITION // bsl)
+        self.trash = BLOCKS
+        self.tables = torch.full((SLOTS + 1, per_slot), self.trash, dtype=torch.int32)
+        blocks = iter(rng.permutation(BLOCKS))
+        rows = [(0, 3, 4), (2, MAX_POSITION - 2, 2), (1, 0, 1), (SLOTS, 0, 1), (SLOTS, 0, 1)]  # slot, first position, tokens
+        slots, positions = [], []
+        for slot, first, count in rows:
+            for position in range(first, first + count):
+                slots.append(slot)
+                positions.append(position)
+                if slot < SLOTS and self.tables[slot, position // bsl] == self.trash:
+                    self.tables[slot, position // bsl] = int(next(blocks))
+        self.token_slots = torch.tensor(slots, dtype=torch.int32)
+        self.positions = torch.tensor(positions, dtype=torch.int32)
+        tokens = len(slots)
+        width = (heads + 2 * kv_heads) * head_dim
+        self.qkv = torch.from_numpy(rng.standard_normal((tokens, width)).astype(np.float32)).to(dtype)
+        angles = np.arange(MAX_POSITION)[:, None] / 50.0 ** (np.arange(rotary // 2) / (rotary / 2))
+        self.cos = torch.from_numpy(np.cos(angles).astype(np.float32))
+        self.sin = torch.from_numpy(np.sin(angles).astype(np.float32))
+        self.q_norm = torch.from_numpy(1 + rng.standard_normal(head_dim).astype(np.float32) / 4)
+        self.k_norm = torch.from_numpy(1 + rng.standard_normal(head_dim).astype(np.float32) / 4)
+        self.pool = torch.full((BLOCKS + 1, 2, kv_heads, bsl, head_dim), float("nan"), dtype=dtype)
+
+    def wanted(self, normed, trained):
+        """q, k, v as `ReferenceBackend.rope_store` has them."""
+        q, k, v = reference.split_qkv(self.qkv.float().numpy(), self.heads, self.kv_heads, self.head_dim)
+        if normed:
+            q, k = reference.rms_norm(q, self.q_norm.numpy(), EPS), reference.rms_norm(k, self.k_norm.numpy(), EPS)
+        at = self.positions.numpy()
+        q, k = (reference.rotate(part, self.cos.numpy()[at], self.sin.numpy()[at]) for part in (q, k))
+        if trained:
+            q = q * reference.logn_scale(at, trained)[:, None, None]
+        return q, k, v
+
+    def check(self, library, name, normed=False, trained=0, **shape):
+        q, k, v = self.wanted(normed, trained)
+        rotary = 2 * self.cos.shape[1]
+        before = self.qkv.clone()
+        op = RopeStore(
+            library, self.heads, self.kv_heads, self.head_dim, rotary, self.bsl, name, qk_norm=normed, trained_length=trained, **shape
+        )
+        norms = (self.q_norm, self.k_norm) if normed else (None, None)
+        op(self.qkv, self.pool, self.token_slots, self.positions, self.tables, self.cos, self.sin, *norms, EPS)
+        q_width = self.heads * self.head_dim
+        self.close(self.qkv[:, :q_width].float().numpy().reshape(q.shape), q)
+        assert torch.equal(self.qkv[:, q_width:], before[:, q_width:])
+        untouched = torch.ones(self.pool.shape[0], self.bsl, dtype=torch.bool)
+        for token, (slot, position) in enumerate(zip(self.token_slots.tolist(), self.positions.tolist(), strict=True)):
+            block, offset = int(self.tables[slot, position // self.bsl]), position % self.bsl
+            untouched[block, offset] = False
+            if slot < SLOTS:
+                self.close(self.pool[block, 0, :, offset].float().numpy(), k[token])
+                assert torch.equal(self.pool[block, 1, :, offset].float(), torch.from_numpy(v[token]))
+        written = torch.isfinite(self.pool).permute(0, 3, 1, 2, 4).reshape(*untouched.shape, -1)
+        assert not written[untouched].any() and written[~untouched].all()
+        assert not untouched[self.trash, 0] and untouched[self.trash, 1:].all()  # padding reaches the trash block only
+
+    def close(self, got, wanted):
+        assert np.isfinite(got).all()
+        largest = max(1.0, float(np.abs(wanted).max()))
+        np.testing.assert_allclose(got, wanted, rtol=1.05 * ROUNDING[self.dtype], atol=2e-6 * largest)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, rotary, bsl",
+    [(4, 1, 64, 64, 16), (7, 1, 128, 128, 64), (3, 3, 80, 32, 32), (2, 1, 256, 256, 128), (4, 2, 16, 16, 64), (1, 1, 96, 20, 32), (5, 2, 20, 8, 64)],
+)  # fmt: skip
+def test_rope_store(library, name, heads, kv_heads, head_dim, rotary, bsl):
+    World(heads, kv_heads, head_dim, rotary, bsl, DTYPES[name]).check(library, name)
+
+
+@pytest.mark.parametrize("head_dim, rotary", [(64, 64), (128, 128), (96, 20), (256, 64)])
+def test_with_norms_of_q_and_k(library, head_dim, rotary):
+    World(3, 1, head_dim, rotary, 64, torch.bfloat16, seed=1).check(library, "bfloat16", normed=True)
+
+
+@pytest.mark.parametrize("trained", [2, 5, 298, 4096])
+def test_with_logn_scaling(library, trained):
+    World(2, 1, 64, 64, 64, torch.float16, seed=2).check(library, "float16", trained=trained)
+
+
+@pytest.mark.parametrize("warps", [1, 3, 8])
+def test_any_number_of_warps(library, warps):
+    World(4, 1, 64, 64, 64, torch.float16, seed=3).check(library, "float16", normed=True, trained=4, warps=warps)
+
+
+def test_the_portable_variant_runs(tmp_path):
+    portable = Library(EmulatedDevice(PORTABLE), tmp_path)
+    World(4, 2, 64, 32, 64, torch.float16, seed=4).check(portable, "float16", normed=True, trained=100)
+
+
+def test_a_pool_beyond_4_gib_is_addressed(library):
+    """A large card has more than 4 GiB of one layer's pool; the pages of this one exist only where they are written."""
+    blocks, bsl = 132_000, 64
+    pool = torch.empty(blocks, 2, 2, bsl, 64, dtype=torch.float16)
+    assert pool.numel() * 2 > 2**32
+    zero = torch.zeros(1, dtype=torch.int32)
+    tables = torch.tensor([[blocks - 1]], dtype=torch.int32)
+    qkv = torch.arange(6 * 64).reshape(1, -1).to(torch.float16)
+    cos, sin = torch.ones(1, 32), torch.zeros(1, 32)
+    RopeStore(library, 2, 2, 64, 64, bsl, "float16")(qkv, pool, zero, zero, tables, cos, sin)
+    assert torch.equal(pool[blocks - 1, :, :, 0].flatten(), qkv[0, 2 * 64 :])
+
+
+def test_wrong_shapes_are_refused(library):
+    for head_dim, rotary, words in ((12, 12, "head_dim is 12"), (260, 64, "head_dim is 260"), (64, 68, "rotary_dim is 68"), (64, 6, "is 6")):
+        with pytest.raises(ValueError, match=words):
+            RopeStore(library, 4, 2, head_dim, rotary, 64, "float16")
+    world = World(2, 1, 64, 64, 64, torch.float16)
+    op = RopeStore(library, 2, 1, 64, 64, 64, "float16")
+    rest = (world.token_slots, world.positions, world.tables, world.cos, world.sin)
+    with pytest.raises(ValueError, match="qkv is"):
+        op(world.qkv[:2], world.pool, *rest)
+    with pytest.raises(ValueError, match="the pool is"):
+        op(world.qkv, world.pool.bfloat16(), *rest)
+    with pytest.raises(ValueError, match="belong to a model with qk_norm"):
+        op(world.qkv, world.pool, *rest, world.q_norm, world.k_norm)
+
+
+def test_logn_of_the_reference_begins_beyond_the_trained_length():
+    assert reference.logn_scale(np.array([3, 4]), 4).tolist() == [1.0, pytest.approx(math.log(5) / math.log(4))]
+
+
+VARIANTS = [
+    (32, 8, 128, 128, 64, "bfloat16", False, 0, 4), (9, 3, 64, 64, 16, "float16", False, 0, 4), (28, 4, 128, 128, 64, "bfloat16", True, 0, 4),
+    (8, 8, 256, 256, 64, "float16", True, 2048, 4), (32, 32, 80, 32, 128, "bfloat16", False, 0, 4), (8, 1, 96, 20, 16, "float16", True, 100, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("constants", VARIANTS, ids=str)
+def test_no_stack_and_no_spills(constants):
+    for cc in ((8, 0), (8, 6), (8, 9), (9, 0), *((PORTABLE,) if "float16" in constants else ())):
+        resources = assemble(to_ptx(Variant("engine.cuda.kv_store", "rope_store", constants), cc), cc)[1]
+        assert (resources.stack_bytes, resources.spill_bytes) == (0, 0), (cc, resources)

@@ -63,14 +63,13 @@ class Access:
         """The caller, or 401. `route` is the canonical path of the route that was resolved."""
         if not self._digests or route in PUBLIC:
             return Caller()
-        values = request.headers.getall("Authorization", [])
-        scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+        scheme, key = _credential(request)
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
         known = 0
         for expected in self._digests:  # every key is compared, whichever matches
             known |= hmac.compare_digest(digest, expected)
         if not known or scheme.lower() != "bearer":
-            message = "Incorrect API key; send 'Authorization: Bearer <key>'."
+            message = "Incorrect API key; send 'Authorization: Bearer <key>' (or 'x-api-key: <key>')."
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return Caller(digest.hex())
 
@@ -108,6 +107,16 @@ class Access:
         if self._credentials:
             headers["Access-Control-Allow-Credentials"] = "true"
         return headers
+
+
+def _credential(request: web.BaseRequest) -> tuple[str, str]:
+    """(scheme, key): of Authorization, or where there is none of x-api-key, which is Anthropic's."""
+    values = request.headers.getall("Authorization", [])
+    if not values:
+        keys = request.headers.getall("x-api-key", [])
+        return ("bearer", keys[0]) if len(keys) == 1 else ("", "")
+    scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+    return scheme, key
 
 
 def request_id(request: web.BaseRequest) -> str:

@@ -26,7 +26,19 @@ MAX_GAPS = 20  # a body may take this many times http.body_gap_timeout_s in all
 async def read_object(request: web.Request, limits: Http, session_len: int) -> dict[str, Any]:
     """The body as a JSON object. `session_len` bounds how much structure a sensible request can have."""
     _check_headers(request, limits)
-    body = await _read(request, limits)
+    return await parse_json(await read_bytes(request, limits), session_len)
+
+
+async def read_optional(request: web.Request, limits: Http, session_len: int) -> dict[str, Any]:
+    """The same, where an empty body stands for an empty object."""
+    if not request.can_read_body:
+        return {}
+    _check_headers(request, limits)
+    body = await read_bytes(request, limits)
+    return await parse_json(body, session_len) if body else {}
+
+
+async def parse_json(body: bytes, session_len: int) -> dict[str, Any]:
     _check_structure(body, session_len)
     try:
         value = orjson.loads(body)
@@ -50,11 +62,12 @@ def _check_headers(request: web.Request, limits: Http) -> None:
         raise bad(None, "JSON is UTF-8; leave the charset out of Content-Type.", "invalid_json")
     if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
         raise ApiError(415, "Compressed bodies are not accepted; send the JSON as it is.", code="unsupported_media_type")
+
+
+async def read_bytes(request: web.Request, limits: Http) -> bytes:
+    """The whole body, refused as soon as it is too large or too slow."""
     if (request.content_length or 0) > limits.max_body_bytes:
         raise _too_large(limits)
-
-
-async def _read(request: web.Request, limits: Http) -> bytes:
     chunks: list[bytes] = []
     size = 0
     loop = asyncio.get_running_loop()

@@ -7,28 +7,28 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import orjson
 from aiohttp import web
 
 from api.body import read_object
 from api.errors import ApiError, bad, from_text, json_response
-from api.generate import Answer, Delta, TokenLogprob
-from api.sampling import Wanted, read, shared_fields
+from api.generate import Answer, Delta
+from api.logprobs import entries, prompt_ids, prompt_logprobs_json
+from api.sampling import Wanted, read, shared_fields, truncated
 from api.schema import Field, Table, boolean, check_list, integer, kind, parse_object, table, unsupported, wrong_type
-from api.service import CALLER, NOTE, SERVICE, Served, Service
-from api.sse import event, joined, stream_answer
+from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Served, Service
+from api.sse import Framing, event, joined, stream_answer
 from config.schema import Request
 from text.errors import TextError
-from text.tokenizer import Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant")
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "documents", "chat_template"})
 MAX_TEMPLATE_VALUES = 16
 MAX_TEMPLATE_CHARS = 1024
 NO_TOOLS = "tool calls come in a later version."
+ONLY_TEXT = 'structured output comes in a later version; {"type": "text"} is what there is.'
 
 
 def chat_fields(limits: Request, model: str, session_len: int, vocab_size: int) -> Table:
@@ -41,7 +41,14 @@ def chat_fields(limits: Request, model: str, session_len: int, vocab_size: int) 
         boolean("logprobs", "Give the logprob of each token."),
         integer("top_logprobs", 0, limits.max_top_logprobs, "Likeliest tokens at each position; needs logprobs = true."),
         _template_values(),
-        unsupported("response_format", "only {\"type\": \"text\"} is.", ({"type": "text"},), _one_object("type", "text")),
+        boolean("enable_thinking", "The same as chat_template_kwargs.enable_thinking.", None),
+        boolean("add_generation_prompt", "End with the opening of the assistant's turn; true unless continue_final_message.", None),
+        boolean("continue_final_message", "Go on with the last message, which is the assistant's, instead of answering it."),
+        boolean("echo", "Put the last message, which is the assistant's, before the answer."),
+        unsupported("add_special_tokens", "the chat template decides.", (False,), {"type": "boolean", "const": False}),
+        unsupported("documents", "put them into messages."),
+        unsupported("chat_template", "the template is the server's; set model.chat_template."),
+        unsupported("response_format", ONLY_TEXT, ({"type": "text"},), _one_object("type", "text")),
         unsupported("tools", NO_TOOLS, ([],), {"type": "array", "maxItems": 0}),
         unsupported("tool_choice", NO_TOOLS, ("none", "auto"), {"type": "string", "enum": ["none", "auto"]}),
         unsupported("parallel_tool_calls", NO_TOOLS, (True, False), {"type": "boolean"}),
@@ -62,29 +69,45 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     served, started_s = service.served(), time.monotonic()
     body = await read_object(request, service.config.http, served.session_len)
-    values = parse_object(service.tables(chat_fields), body)
-    wanted = read(_one_limit(values), _logprobs(values))
-    prompt = await render_messages(service, served, values["messages"], values["chat_template_kwargs"])
-    answer = service.submit([prompt], wanted, request[CALLER], default_tokens=None, param="messages", started_s=started_s)
-    frames = ChatFrames(served, wanted)
+    values = _one_limit(parse_object(service.tables(chat_fields), body))
+    wanted = read(values, _logprobs(values))
+    echo = _check_together(values)
+    prompt = await render_messages(
+        service, served, values["messages"], _template_kwargs(values),
+        add_generation_prompt=values["add_generation_prompt"] is not False and not values["continue_final_message"],
+        continue_final_message=values["continue_final_message"],
+    )  # fmt: skip
+    prompt = truncated(prompt, values, served.session_len)
+    frames = ChatFrames(served, wanted, echo)
+    answer = service.submit(
+        [prompt], wanted, request[CALLER], default_tokens=None, param="messages", started_s=started_s, chat=True,
+        names=(request[REQUEST_ID], frames.id),
+    )  # fmt: skip
     try:
         if wanted.stream:
-            return await stream_answer(request, answer, frames, service.config.http)
+            return await stream_answer(request, answer, frames.of(answer), service.config.http)
         return json_response(await frames.fold(answer))
     finally:
         request[NOTE] = service.finished(answer)
 
 
-class ChatFrames:
+class ChatFrames(Framing):
     """Chat's two folds: chunks with everything but the text rendered once, and the whole answer."""
 
-    def __init__(self, served: Served, wanted: Wanted) -> None:
+    def __init__(self, served: Served, wanted: Wanted, echo: str = "") -> None:
+        """`echo`: text that every choice begins with."""
+        self.id = f"chatcmpl-{secrets.token_hex(16)}"
         self._tokenizer = served.tokenizer
         self._include_usage = wanted.include_usage
+        self._continuous = wanted.continuous_usage
         self._want_logprobs = wanted.logprobs >= 0
+        self._want_ids = wanted.values["return_token_ids"]
+        self._want_prompt = wanted.prompt_logprobs >= 0
+        self._echo = echo
         self._n = n = wanted.n
+        self._answer: Answer | None = None
         self._base = {
-            "id": f"chatcmpl-{secrets.token_hex(16)}",
+            "id": self.id,
             "object": "chat.completion.chunk",
             "created": int(time.time()),
             "model": served.name,
@@ -96,22 +119,39 @@ class ChatFrames:
         self._end = b'}],"usage":null}\n\n' if wanted.include_usage else b"}]}\n\n"
         self._plain = b'},"logprobs":null,"finish_reason":null' + self._end
 
+    def of(self, answer: Answer) -> Self:
+        self._answer = answer
+        return self
+
     def opening(self) -> bytes:
         role = b'"role":"assistant","content":"","refusal":null'
-        return b"".join(start + role + self._plain for start in self._empty)
+        tail = (
+            self._tail(',"prompt_token_ids":' + _compact(prompt_ids(self._answer.choices[0]))) if self._want_ids and self._answer else b""
+        )
+        plain = b'},"logprobs":null,"finish_reason":null' + tail if tail else self._plain
+        echo = orjson.dumps(self._echo) if self._echo else b""
+        return b"".join(self._empty[i] + role + plain + (self._text[i] + echo + self._plain if echo else b"") for i in range(self._n))
 
     def delta(self, delta: Delta) -> bytes:
-        if delta.finish_reason is None and not delta.logprobs:  # the hot path
+        if delta.finish_reason is None and not delta.logprobs and not self._continuous and not delta.token_ids:  # the hot path
             return self._text[delta.index] + orjson.dumps(delta.text) + self._plain
         out = b""
-        if delta.text or delta.logprobs:
-            logprobs = orjson.dumps(_logprobs_json(delta.logprobs, self._tokenizer))
-            out = self._text[delta.index] + orjson.dumps(delta.text) + b'},"logprobs":' + logprobs
-            out += b',"finish_reason":null' + self._end
-        if delta.finish_reason is not None:
+        last = delta.finish_reason is not None
+        if delta.text or delta.logprobs or delta.token_ids:
+            logprobs = {"content": entries(delta.logprobs, self._tokenizer), "refusal": None} if delta.logprobs else None
+            out = self._text[delta.index] + orjson.dumps(delta.text) + b'},"logprobs":' + orjson.dumps(logprobs)
+            ids = b',"token_ids":' + orjson.dumps(delta.token_ids) if self._want_ids else b""
+            out += b',"finish_reason":null' + ids + (self._end if last else self._tail())
+        if last:
             reason = orjson.dumps(delta.finish_reason)
-            out += self._empty[delta.index] + b'},"logprobs":null,"finish_reason":' + reason + self._end
+            out += self._empty[delta.index] + b'},"logprobs":null,"finish_reason":' + reason + self._tail()
         return out
+
+    def _tail(self, extra: str = "") -> bytes:
+        """The end of a chunk, with the usage so far where it was asked for; `extra`: more members of the chunk."""
+        if self._continuous and self._answer is not None:
+            return b'}],"usage":' + orjson.dumps(self._answer.usage.as_json()) + extra.encode() + b"}\n\n"
+        return self._end[:-3] + extra.encode() + b"}\n\n" if extra else self._end
 
     def closing(self, answer: Answer) -> bytes:
         if not self._include_usage:
@@ -120,40 +160,58 @@ class ChatFrames:
 
     async def fold(self, answer: Answer) -> dict[str, Any]:
         """The answer as one object."""
-        texts: list[list[str]] = [[] for _ in range(self._n)]
+        texts: list[list[str]] = [[self._echo] for _ in range(self._n)]
         notes: list[list[bytes]] = [[] for _ in range(self._n)]
+        ids: list[list[int]] = [[] for _ in range(self._n)]
         async for batch in answer.deltas():
             for delta in batch:
                 texts[delta.index].append(delta.text)
+                ids[delta.index] += delta.token_ids
                 if delta.logprobs:  # rendered as they come: a long answer must not stop the loop at its end
-                    notes[delta.index].append(orjson.dumps(_entries(delta.logprobs, self._tokenizer))[1:-1])
+                    notes[delta.index].append(orjson.dumps(entries(delta.logprobs, self._tokenizer))[1:-1])
         choices = [
             {
                 "index": i,
                 "message": {"role": "assistant", "content": "".join(texts[i]), "refusal": None},
                 "logprobs": {"content": joined(notes[i]), "refusal": None} if self._want_logprobs else None,
                 "finish_reason": choice.finish_reason,
+                **({"token_ids": ids[i]} if self._want_ids else {}),
             }
             for i, choice in enumerate(answer.choices)
         ]
-        return {**self._base, "object": "chat.completion", "choices": choices, "usage": answer.usage.as_json()}
+        first = answer.choices[0]
+        extras: dict[str, Any] = {"prompt_token_ids": prompt_ids(first)} if self._want_ids else {}
+        if self._want_prompt:
+            extras["prompt_logprobs"] = prompt_logprobs_json(first, self._tokenizer)
+        return {**self._base, "object": "chat.completion", "choices": choices, "usage": answer.usage.as_json(), **extras}
 
 
-def _logprobs_json(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any] | None:
-    return {"content": _entries(logprobs, tokenizer), "refusal": None} if logprobs else None
+def _compact(ids: list[int]) -> str:
+    return orjson.dumps(ids).decode()
 
 
-def _entries(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    entries = []
-    for item in logprobs:
-        top = [_token_json(tokenizer, token, logprob) for token, logprob in item.top]
-        entries.append({**_token_json(tokenizer, item.token_id, item.logprob), "top_logprobs": top})
-    return entries
+def _check_together(values: dict[str, Any]) -> str:
+    """Fields that are fine alone and wrong together; -> the text that is echoed."""
+    last = values["messages"][-1]
+    if values["continue_final_message"]:
+        if last["role"] != "assistant":
+            raise bad("continue_final_message", "continue_final_message needs a last message of the assistant.", "invalid_value")
+        if values["add_generation_prompt"]:
+            message = "continue_final_message goes on with the last message; add_generation_prompt would begin another."
+            raise bad("add_generation_prompt", message, "invalid_value")
+    if not values["echo"]:
+        return ""
+    if last["role"] != "assistant":
+        raise bad("echo", "echo needs a last message of the assistant, which the answer goes on from.", "invalid_value")
+    return str(last["content"])
 
 
-def _token_json(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
-    data = tokenizer.token_bytes(token_id)
-    return {"token": tokenizer.token_text(token_id), "logprob": logprob, "bytes": list(data)}
+def _template_kwargs(values: dict[str, Any]) -> dict[str, Any] | None:
+    """chat_template_kwargs, and LMDeploy's short way to the best known one."""
+    thinking = values["enable_thinking"]
+    if thinking is None:
+        return values["chat_template_kwargs"]
+    return {"enable_thinking": thinking, **(values["chat_template_kwargs"] or {})}
 
 
 def _logprobs(values: dict[str, Any]) -> int:
@@ -171,18 +229,31 @@ def _one_limit(values: dict[str, Any]) -> dict[str, Any]:
 
 
 async def render_messages(
-    service: Service, served: Served, messages: list[dict[str, str]], values: dict[str, Any] | None, *, add_generation_prompt: bool = True
+    service: Service,
+    served: Served,
+    messages: list[dict[str, str]],
+    values: dict[str, Any] | None = None,
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    param: str = "messages",
 ) -> list[int]:
     """The messages through the template, as ids; in a thread, because templates and long texts take their time."""
     template = served.template
     if template is None:
         message = "This model has no chat template; use /v1/completions, or set model.chat_template."
-        raise ApiError(400, message, param="messages", code="no_chat_template")
-    service.check_chars(sum(len(message["content"]) for message in messages), served, "messages")
+        raise ApiError(400, message, param=param, code="no_chat_template")
+    service.check_chars(sum(len(message["content"]) for message in messages), served, param)
+
+    def render() -> list[int]:
+        return template.render(
+            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, kwargs=values
+        )
+
     try:
-        return await service.in_thread(lambda: template.render(messages, add_generation_prompt=add_generation_prompt, kwargs=values))
+        return await service.in_thread(render)
     except TextError as error:
-        raise from_text(error, "messages") from None
+        raise from_text(error, param) from None
 
 
 # -- fields with a shape of their own ----------------------------------------------------------------------

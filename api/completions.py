@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import orjson
 from aiohttp import web
 
 from api.body import read_object
+from api.chat import ONLY_TEXT
 from api.errors import bad, json_response
-from api.generate import Answer, Delta, TokenLogprob
-from api.sampling import Wanted, read, shared_fields, too_long
+from api.generate import Answer, Choice, Delta
+from api.logprobs import LOGPROB_LISTS, lists, prompt_ids, prompt_lists, prompt_logprobs_json
+from api.sampling import Wanted, read, shared_fields, too_long, truncated
 from api.schema import Field, Table, boolean, check_list, integer, parse_object, table, unsupported, wrong_type
-from api.service import CALLER, NOTE, SERVICE, Served, Service
-from api.sse import event, joined, stream_answer
+from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Served, Service
+from api.sse import Framing, event, joined, stream_answer
 from config.schema import Request
-from text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
-LOGPROB_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+TEXT_FORMAT = {"type": "object", "properties": {"type": {"const": "text"}}, "required": ["type"], "additionalProperties": False}
 
 
 def completion_fields(limits: Request, model: str, session_len: int, vocab_size: int) -> Table:
@@ -29,8 +29,11 @@ def completion_fields(limits: Request, model: str, session_len: int, vocab_size:
     return table([
         _prompts(limits.max_prompts, session_len, vocab_size),
         *shared_fields(limits, model, session_len, vocab_size),
+        integer("max_tokens", 0, session_len - 1, "Most ids to generate; 0 only with echo. Prompt and answer together must fit."),
         integer("logprobs", 0, limits.max_top_logprobs, "Give the logprob of each token and of this many likeliest ones."),
-        boolean("echo", "Put the prompt before its continuation."),
+        boolean("echo", "Put the prompt before its continuation; with logprobs, also those of the prompt's tokens."),
+        boolean("add_special_tokens", "Begin a text as the model's prompts begin (a BOS token, where it has one).", True),
+        unsupported("response_format", ONLY_TEXT, ({"type": "text"},), TEXT_FORMAT),
         integer("best_of", 1, limits.max_n, "Must equal n."),
         unsupported("suffix", "the model continues text; it does not fill in.", ("",), {"type": "string", "maxLength": 0}),
     ])  # fmt: skip
@@ -43,30 +46,38 @@ async def completions(request: web.Request) -> web.StreamResponse:
     body = await read_object(request, service.config.http, served.session_len)
     values = parse_object(service.tables(completion_fields), body)
     _check_together(values, service)
-    wanted = read(values, -1 if values["logprobs"] is None else values["logprobs"])
-    prompts = [await _ids(service, prompt) for prompt in values["prompt"]]
-    echoes = [_echo(served, prompt, ids) for prompt, ids in zip(values["prompt"], prompts, strict=True)] if values["echo"] else []
-    answer = service.submit(prompts, wanted, request[CALLER], default_tokens=DEFAULT_MAX_TOKENS, param="prompt", started_s=started_s)
-    frames = CompletionFrames(served, wanted, len(answer.choices), [text for text in echoes for _ in range(wanted.n)])
+    logprobs = -1 if values["logprobs"] is None else values["logprobs"]
+    wanted = read(values, logprobs, logprobs if values["echo"] else None)
+    prompts = [truncated(await _ids(service, prompt, values), values, served.session_len) for prompt in values["prompt"]]
+    echoes = [_echo(served, wanted, prompt, ids) for prompt, ids in zip(values["prompt"], prompts, strict=True)] if values["echo"] else []
+    frames = CompletionFrames(served, wanted, len(prompts) * wanted.n, [text for text in echoes for _ in range(wanted.n)])
+    answer = service.submit(
+        prompts, wanted, request[CALLER], default_tokens=DEFAULT_MAX_TOKENS, param="prompt", started_s=started_s,
+        names=(request[REQUEST_ID], frames.id),
+    )  # fmt: skip
     try:
         if wanted.stream:
-            return await stream_answer(request, answer, frames, service.config.http)
+            return await stream_answer(request, answer, frames.of(answer), service.config.http)
         return json_response(await frames.fold(answer))
     finally:
         request[NOTE] = service.finished(answer)
 
 
-class CompletionFrames:
+class CompletionFrames(Framing):
     """Completions' two folds."""
 
     def __init__(self, served: Served, wanted: Wanted, num_choices: int, echoes: list[str]) -> None:
+        self.id = f"cmpl-{secrets.token_hex(16)}"
         self._tokenizer = served.tokenizer
-        self._include_usage = wanted.include_usage
+        self._wanted = wanted
         self._want_logprobs = wanted.logprobs >= 0
+        self._want_ids = wanted.values["return_token_ids"]
         self._echoes = echoes
+        self._due = set(range(num_choices)) if echoes else set()  # choices whose prompt has not been echoed yet
         self._num_choices = num_choices
+        self._answer: Answer | None = None
         self._base = {
-            "id": f"cmpl-{secrets.token_hex(16)}",
+            "id": self.id,
             "object": "text_completion",
             "created": int(time.time()),
             "model": served.name,
@@ -76,50 +87,86 @@ class CompletionFrames:
         self._text = [opening + b'%d,"text":' % i for i in range(num_choices)]
         self._end = b'}],"usage":null}\n\n' if wanted.include_usage else b"}]}\n\n"
         self._plain = b',"logprobs":null,"finish_reason":null' + self._end
+        self._simple = not wanted.continuous_usage and not self._want_ids
+
+    def of(self, answer: Answer) -> Self:
+        self._answer = answer
+        return self
 
     def opening(self) -> bytes:
+        if self._want_logprobs:
+            return b""  # the prompt's logprobs of a choice are there when its first delta is
+        self._due.clear()
         return b"".join(self._text[i] + orjson.dumps(text) + self._plain for i, text in enumerate(self._echoes))
 
     def delta(self, delta: Delta) -> bytes:
-        if delta.finish_reason is None and not delta.logprobs:  # the hot path
+        if delta.finish_reason is None and not delta.logprobs and self._simple and not self._due:  # the hot path
             return self._text[delta.index] + orjson.dumps(delta.text) + self._plain
-        logprobs = orjson.dumps(_lists(delta.logprobs, self._tokenizer) if delta.logprobs else None)
+        out = b""
+        if delta.index in self._due and self._answer is not None:
+            self._due.discard(delta.index)
+            prompt = self._prompt_lists(self._answer.choices[delta.index])
+            out = self._text[delta.index] + orjson.dumps(self._echoes[delta.index])
+            out += b',"logprobs":' + orjson.dumps(prompt) + b',"finish_reason":null' + self._end
+        logprobs = orjson.dumps(self._lists(delta) if delta.logprobs else None)
         reason = orjson.dumps(delta.finish_reason)
-        text = orjson.dumps(delta.text)
-        return self._text[delta.index] + text + b',"logprobs":' + logprobs + b',"finish_reason":' + reason + self._end
+        out += self._text[delta.index] + orjson.dumps(delta.text) + b',"logprobs":' + logprobs + b',"finish_reason":' + reason
+        if self._want_ids:
+            out += b',"token_ids":' + orjson.dumps(delta.token_ids)
+        return out + self._tail()
+
+    def _tail(self) -> bytes:
+        if self._wanted.continuous_usage and self._answer is not None:
+            return b'}],"usage":' + orjson.dumps(self._answer.usage.as_json()) + b"}\n\n"
+        return self._end
 
     def closing(self, answer: Answer) -> bytes:
-        if not self._include_usage:
+        if not self._wanted.include_usage:
             return b""
         return event({**self._base, "choices": [], "usage": answer.usage.as_json()})
 
     async def fold(self, answer: Answer) -> dict[str, Any]:
         """The answer as one object."""
-        texts = [[text] for text in self._echoes] or [[] for _ in range(self._num_choices)]
-        notes: list[dict[str, list[bytes]]] = [{key: [] for key in LOGPROB_LISTS} for _ in range(self._num_choices)]
+        n = self._num_choices
+        texts = [[text] for text in self._echoes] or [[] for _ in range(n)]
+        notes: list[dict[str, list[bytes]]] = [{key: [] for key in LOGPROB_LISTS} for _ in range(n)]
+        ids: list[list[int]] = [[] for _ in range(n)]
         async for batch in answer.deltas():
             for delta in batch:
                 texts[delta.index].append(delta.text)
+                ids[delta.index] += delta.token_ids
                 if delta.logprobs:  # rendered as they come: a long answer must not stop the loop at its end
-                    for key, values in _lists(delta.logprobs, self._tokenizer).items():
+                    for key, values in self._lists(delta).items():
                         notes[delta.index][key].append(orjson.dumps(values)[1:-1])
-        choices = [
-            {
-                "index": i,
-                "text": "".join(texts[i]),
-                "logprobs": {key: joined(parts) for key, parts in notes[i].items()} if self._want_logprobs else None,
-                "finish_reason": choice.finish_reason,
-            }
-            for i, choice in enumerate(answer.choices)
-        ]
+        choices = [self._choice(i, answer, "".join(texts[i]), notes[i], ids[i]) for i in range(n)]
         return {**self._base, "choices": choices, "usage": answer.usage.as_json()}
 
+    def _choice(self, i: int, answer: Answer, text: str, notes: dict[str, list[bytes]], ids: list[int]) -> dict[str, Any]:
+        scored = answer.choices[i - i % self._wanted.n]  # of its prompt, the one that brought the prompt's logprobs
+        if self._echoes and self._want_logprobs:
+            for key, values in self._prompt_lists(scored).items():
+                notes[key].insert(0, orjson.dumps(values)[1:-1])
+        out: dict[str, Any] = {
+            "index": i,
+            "text": text,
+            "logprobs": {key: joined([part for part in parts if part]) for key, parts in notes.items()} if self._want_logprobs else None,
+            "finish_reason": answer.choices[i].finish_reason,
+        }
+        if self._want_ids:
+            out |= {"prompt_token_ids": prompt_ids(scored), "token_ids": ids}
+        if self._wanted.values["prompt_logprobs"] is not None:
+            out["prompt_logprobs"] = prompt_logprobs_json(scored, self._tokenizer)
+        return out
 
-def _lists(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, list[Any]]:
-    text = tokenizer.token_text
-    tops = [{text(token): logprob for token, logprob in item.top} for item in logprobs]
-    columns = ([text(item.token_id) for item in logprobs], [item.logprob for item in logprobs], tops, [item.offset for item in logprobs])
-    return dict(zip(LOGPROB_LISTS, columns, strict=True))
+    def _prompt_lists(self, choice: Choice) -> dict[str, list[Any]]:
+        return prompt_lists(choice, self._tokenizer, self._wanted.skip_special)
+
+    def _lists(self, delta: Delta) -> dict[str, list[Any]]:
+        """Offsets count from the beginning of the text, an echo included."""
+        found = lists(delta.logprobs, self._tokenizer)
+        if self._echoes:
+            found["text_offset"] = [len(self._echoes[delta.index]) + offset for offset in found["text_offset"]]
+        return found
 
 
 def _check_together(values: dict[str, Any], service: Service) -> None:
@@ -127,19 +174,20 @@ def _check_together(values: dict[str, Any], service: Service) -> None:
     n = values["n"]
     if values["best_of"] is not None and values["best_of"] != n:
         raise bad("best_of", f"best_of must equal n ({n}): every answer is returned.", "unsupported_value")
-    if values["echo"] and values["logprobs"] is not None:
-        raise bad("echo", "echo with logprobs is not supported: prompt tokens have no logprobs here.", "unsupported_value")
+    if values["max_tokens"] == 0 and not values["echo"]:
+        raise bad("max_tokens", "max_tokens = 0 needs echo = true: else there is nothing to answer.", "invalid_value")
     most = service.config.admission.max_requests
     if n * len(values["prompt"]) > most:
         raise bad("n", f"n x prompts is {n * len(values['prompt'])}; the server runs at most {most} sequences.", "invalid_value")
 
 
-async def _ids(service: Service, prompt: str | list[int]) -> list[int]:
-    return await service.encode(prompt, "prompt") if isinstance(prompt, str) else prompt
+async def _ids(service: Service, prompt: str | list[int], values: dict[str, Any]) -> list[int]:
+    return await service.encode(prompt, "prompt", add_special=values["add_special_tokens"]) if isinstance(prompt, str) else prompt
 
 
-def _echo(served: Served, prompt: str | list[int], ids: list[int]) -> str:
-    return prompt if isinstance(prompt, str) else served.tokenizer.decode(ids, skip_special=True)
+def _echo(served: Served, wanted: Wanted, prompt: str | list[int], ids: list[int]) -> str:
+    whole = isinstance(prompt, str) and wanted.values["truncate_prompt_tokens"] is None
+    return str(prompt) if whole else served.tokenizer.decode(ids, skip_special=wanted.skip_special)
 
 
 def _prompts(most: int, session_len: int, vocab_size: int) -> Field:

@@ -34,6 +34,14 @@ TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 NOT_READY_RETRY_S = 5
 
 
@@ -101,9 +109,23 @@ def from_text(error: TextError, param: str) -> ApiError:
     return ApiError(500, "The model's chat template failed; set model.chat_template.", code="chat_template_failed")
 
 
-def error_response(error: ApiError) -> web.Response:
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    kind = ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+
+
+def body_for(route: str, error: ApiError) -> dict[str, Any]:
+    """The error in the shape of the route's protocol: Anthropic's, KServe's, else OpenAI's."""
+    if route.startswith("/v1/messages"):
+        return anthropic_body(error)
+    if route == "/v2" or route.startswith("/v2/"):
+        return {"error": str(error)}
+    return error.body()
+
+
+def error_response(error: ApiError, route: str = "") -> web.Response:
     """The error as a response; `Connection: close` also ends the connection after it."""
-    response = web.Response(status=error.status, body=orjson.dumps(error.body()), content_type="application/json")
+    response = web.Response(status=error.status, body=orjson.dumps(body_for(route, error)), content_type="application/json")
     for name, value in error.headers.items():
         if name == "Connection":
             response.force_close()

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import cast
 
 from api.counters import Metrics
 from api.errors import ApiError, from_engine, retry_headers
@@ -41,21 +42,29 @@ class TokenLogprob:
 class Delta:
     """A piece of one choice's text; exactly one delta of a choice has a finish reason: its last."""
 
-    __slots__ = ("finish_reason", "index", "logprobs", "text")
+    __slots__ = ("finish_reason", "index", "logprobs", "text", "token_ids")
 
-    def __init__(self, index: int, text: str, logprobs: tuple[TokenLogprob, ...] = (), finish_reason: str | None = None) -> None:
+    def __init__(
+        self,
+        index: int,
+        text: str,
+        logprobs: tuple[TokenLogprob, ...] = (),
+        finish_reason: str | None = None,
+        token_ids: tuple[int, ...] = (),
+    ) -> None:
         self.index = index
         self.text = text
         self.logprobs = logprobs
         self.finish_reason = finish_reason
+        self.token_ids = token_ids  # where they were asked for: all ids since the last delta
 
 
 class Choice:
     """One sequence and its text. `feed` takes its events one at a time, so a batch of events changes no answer."""
 
     __slots__ = (
-        "_detokenizer", "_include_stop", "_matcher", "_min_tokens", "_notes", "_offset", "_want_logprobs",
-        "done", "finish_reason", "generation", "index", "last_s", "num_generated",
+        "_detokenizer", "_ids", "_include_stop", "_matcher", "_min_tokens", "_no_answer", "_notes", "_offset", "_want_ids",
+        "_want_logprobs", "cancelled", "done", "finish_reason", "generation", "index", "last_s", "num_generated",
     )  # fmt: skip
 
     def __init__(self, index: int, generation: Generation, tokenizer: Tokenizer, wanted: Wanted, stops: StopMatcher | None) -> None:
@@ -71,14 +80,33 @@ class Choice:
         self._min_tokens = wanted.values["min_tokens"]
         self._include_stop = wanted.include_stop
         self._want_logprobs = wanted.logprobs >= 0
+        self._want_ids = wanted.values["return_token_ids"]
+        self._no_answer = wanted.max_tokens == 0
         self._notes: list[TokenLogprob] = []
+        self._ids: list[int] = []
         self._offset = 0
+        self.cancelled = False  # somebody asked for its end: not a failure
+
+    @property
+    def matched_stop(self) -> str:
+        """The stop string that ended the answer, "" where none did."""
+        return self._matcher.matched if self._matcher is not None else ""
+
+    @property
+    def prompt_logprobs(self) -> list[Logprobs]:
+        """Of prompt ids 1, 2, ...; complete with the first id of the answer."""
+        return cast(list[Logprobs], self.generation.sequence.prompt_logprobs)
 
     def feed(self, event: TokenEvent) -> Delta | None:
         """The delta that this event completes; None while text is held back (half a character, maybe a stop string)."""
+        if self._no_answer:  # only the prompt was of interest: the one id that had to be sampled is nobody's
+            self.generation.abort()
+            return self._finish("length", "")
         if event.finish_reason is not None:
             return self._last(event)
         self.num_generated += 1
+        if self._want_ids:
+            self._ids.append(event.token_id)
         text = self._detokenizer.push((event.token_id,))
         if self._want_logprobs:
             self._note(event, text)
@@ -89,15 +117,20 @@ class Choice:
                 return self._finish("stop", text)
         if not text:
             return None
-        return Delta(self.index, text, self._take_notes() if self._notes else ())
+        return Delta(self.index, text, self._take_notes() if self._notes else (), None, self._take_ids() if self._ids else ())
 
     def _last(self, event: TokenEvent) -> Delta:
         reason = event.finish_reason
+        if reason is FinishReason.ABORT and self.cancelled:
+            held = self._matcher.flush() if self._matcher is not None else ""
+            return self._finish("abort", held + self._detokenizer.flush())
         if reason is FinishReason.ABORT or reason is FinishReason.ERROR:
             raise self._failed(reason)
         text, stopped = "", False
         if event.token_id >= 0:
             self.num_generated += 1
+            if self._want_ids:
+                self._ids.append(event.token_id)
             # the token that ended the answer belongs to the text only when it was asked for
             if reason is FinishReason.LENGTH or self._include_stop:
                 text = self._detokenizer.push((event.token_id,))
@@ -114,7 +147,7 @@ class Choice:
     def _finish(self, reason: str, text: str) -> Delta:
         self.done = True
         self.finish_reason = reason
-        return Delta(self.index, text, self._take_notes(), reason)
+        return Delta(self.index, text, self._take_notes(), reason, self._take_ids())
 
     def _failed(self, reason: FinishReason) -> ApiError:
         """An end that the client did not ask for: never dressed up as an answer."""
@@ -133,6 +166,10 @@ class Choice:
         if found is not None:
             self._notes.append(TokenLogprob(event.token_id, max(found.logprob, MIN_LOGPROB), self._offset, _top(found)))
         self._offset += len(text)
+
+    def _take_ids(self) -> tuple[int, ...]:
+        ids, self._ids = tuple(self._ids), []
+        return ids
 
     def _take_notes(self) -> tuple[TokenLogprob, ...]:
         notes, self._notes = tuple(self._notes), []
@@ -165,8 +202,17 @@ class Answer:
         self.choices = choices
         self.first_token_s = 0.0
         self.started_s = started_s
+        self.names: set[str] = set()  # by which its caller may cancel it
+        self.key = ""
         self._per_prompt = per_prompt
         self._metrics = metrics
+
+    def cancel(self) -> None:
+        """End what runs; the answer so far is delivered with the finish reason "abort"."""
+        for choice in self.choices:
+            if not choice.done:
+                choice.cancelled = True
+                choice.generation.abort()
 
     @property
     def scheduled(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,7 +152,20 @@ def number(name: str, low: float, high: float, doc: str, default: float | None =
     return Field(name, doc, schema, lambda name, value: check_number(name, value, low, high), default)
 
 
-def boolean(name: str, doc: str, default: bool = False) -> Field:
+def pattern(name: str, regex: str, doc: str, default: str = "") -> Field:
+    expression = re.compile(regex)
+
+    def parse(name: str, value: Any) -> str:
+        if type(value) is not str:
+            raise wrong_type(name, "a string", value)
+        if not expression.fullmatch(value):
+            raise bad(name, f"{name} must match {regex}.", "invalid_value")
+        return value
+
+    return Field(name, doc, {"type": "string", "pattern": f"^(?:{regex})$"}, parse, default)
+
+
+def boolean(name: str, doc: str, default: bool | None = False) -> Field:
     return Field(name, doc, {"type": "boolean"}, check_bool, default)
 
 

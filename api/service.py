@@ -10,11 +10,11 @@ import asyncio
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiohttp import web
 
@@ -23,8 +23,8 @@ from api.counters import Metrics
 from api.errors import ApiError, from_engine, from_text
 from api.generate import Answer, Choice
 from api.protocol import Gate
-from api.sampling import Wanted, room_for_answer, too_long
-from api.schema import Table
+from api.sampling import Wanted, read, room_for_answer, shared_fields, too_long
+from api.schema import Table, table
 from config.schema import Config, Request
 from config.version import VERSION
 from engine.errors import BadParameter, EngineDead, EngineDraining, EngineError, EngineNotReady
@@ -130,11 +130,23 @@ class Service:
             raise too_long(param, f"{num_chars} characters", served.session_len)
 
     def submit(
-        self, prompts: list[list[int]], wanted: Wanted, caller: Caller, *, default_tokens: int | None, param: str, started_s: float
+        self,
+        prompts: list[list[int]],
+        wanted: Wanted,
+        caller: Caller,
+        *,
+        default_tokens: int | None,
+        param: str,
+        started_s: float,
+        chat: bool = False,
+        names: Iterable[str] = (),
     ) -> Answer:
-        """All choices of all prompts, or none. Choice i of prompt p has index p * n + i."""
+        """All choices of all prompts, or none. Choice i of prompt p has index p * n + i.
+
+        `chat`: the prompts come from the chat template, whose ends count as well. `names`: what may cancel the answer.
+        """
         served = self.served()
-        wanted = _with_ends(wanted, served, chat=param == "messages")
+        wanted = _with_bad_words(_with_ends(wanted, served, chat), served)
         salt = self.access.salt(caller, wanted.cache_salt)
         stops = StopMatcher(wanted.stop, include=wanted.include_stop) if wanted.stop else None
         choices: list[Choice] = []
@@ -150,10 +162,21 @@ class Service:
                 choice.generation.abort()
             raise self._refusal(error, param) from error
         answer = Answer(choices, wanted.n, self.metrics, started_s)
+        answer.names = {name for name in (*names, wanted.values["request_id"]) if name}
+        answer.key = caller.key
         self.live.add(answer)
         self.quiet.clear()
         self.metrics.live_requests += 1
         return answer
+
+    def wanted(self, **fields: Any) -> Wanted:
+        """For the protocols that are not OpenAI's: the fields of /v1/completions by name, the rest at their defaults."""
+        defaults = {name: field.default for name, field in self.tables(_shared_table).items()}
+        return read({**defaults, **fields}, fields.get("logprobs", -1))
+
+    def running(self, name: str, caller: Caller) -> list[Answer]:
+        """The caller's own live answers of that name."""
+        return [answer for answer in self.live if name in answer.names and answer.key == caller.key]
 
     def finished(self, answer: Answer) -> str:
         """Count a request that has ended, in whatever way; returns its part of the log line."""
@@ -186,6 +209,25 @@ class Service:
         if refusal.code in self.metrics.refused:
             self.metrics.refused[refusal.code] += 1
         return refusal
+
+
+def _shared_table(limits: Request, model: str, session_len: int, vocab_size: int) -> Table:
+    return table(shared_fields(limits, model, session_len, vocab_size))
+
+
+def _with_bad_words(wanted: Wanted, served: Served) -> Wanted:
+    """Words as ids: at the beginning of a text, within one, and after a space, where these differ."""
+    if not wanted.values["bad_words"]:
+        return wanted
+    encode = served.tokenizer.encode_segment
+    ways: dict[tuple[int, ...], None] = {}
+    try:
+        for word in wanted.values["bad_words"]:
+            for ids in (encode(word, first=True), encode(word, first=False), encode(" " + word.lstrip(), first=False)):
+                ways[tuple(ids)] = None
+    except TextError as error:
+        raise from_text(error, "bad_words") from None
+    return dataclasses.replace(wanted, values={**wanted.values, "bad_words": tuple(way for way in ways if way)})
 
 
 def _with_ends(wanted: Wanted, served: Served, chat: bool) -> Wanted:

@@ -34,7 +34,11 @@ Deltas = AsyncGenerator[list[Delta], None]
 
 
 class Frames(Protocol):
-    """How one endpoint writes its chunks; every method returns complete SSE events."""
+    """How one endpoint writes its chunks; every method returns complete events. See `Framing` for the rest of a stream."""
+
+    headers: dict[str, str]
+    ping: bytes
+    done: bytes
 
     def opening(self) -> bytes: ...
 
@@ -42,9 +46,26 @@ class Frames(Protocol):
 
     def closing(self, answer: Answer) -> bytes: ...
 
+    def failed(self, error: ApiError) -> bytes: ...
+
+
+class Framing:
+    """OpenAI's stream: server-sent events, comments in silence, [DONE] at the end, an `error` object where it fails."""
+
+    headers = HEADERS
+    ping = PING
+    done = DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        return event(error.body())
+
 
 def event(value: object) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def named_event(name: str, value: object) -> bytes:
+    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(value) + b"\n\n"
 
 
 def joined(parts: list[bytes]) -> orjson.Fragment:
@@ -55,10 +76,12 @@ def joined(parts: list[bytes]) -> orjson.Fragment:
 class EventStream:
     """One text/event-stream response on one connection."""
 
-    def __init__(self, request: web.Request, limits: Http) -> None:
-        self.response = web.StreamResponse(headers=HEADERS)
+    def __init__(self, request: web.Request, limits: Http, headers: dict[str, str] = HEADERS, ping: bytes = PING) -> None:
+        """`ping`: what fills silence; b"" leaves it empty."""
+        self.response = web.StreamResponse(headers=headers)
         self.opened = False
-        self.ping_s = limits.sse_ping_s
+        self.ping = ping
+        self.ping_s = limits.sse_ping_s if ping else 0.0
         self._request = request
         self._limits = limits
         self._loop = asyncio.get_running_loop()
@@ -93,6 +116,8 @@ class EventStream:
         transport = self._transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
+        if not data:  # an empty chunk would end the response
+            return self._protocol.writing_paused
         if transport.get_write_buffer_size():
             self._unsent_events += num_events
         else:
@@ -131,14 +156,14 @@ class EventStream:
         if self._transport is None or self._transport.is_closing():
             return
         if silent >= interval and not self._protocol.writing_paused:
-            self.write(PING, 0)
+            self.write(self.ping, 0)
             silent = 0.0
         self._timer = self._loop.call_later(max(interval - silent, 0.01), self._ping)
 
 
 async def stream_answer(request: web.Request, answer: Answer, frames: Frames, limits: Http) -> web.StreamResponse:
     """The streaming fold. An error before the first byte is raised (a status); after it, it is an event, and no [DONE]."""
-    stream = EventStream(request, limits)
+    stream = EventStream(request, limits, frames.headers, frames.ping)
     deltas = answer.deltas()
     try:
         first = await _first_batch(deltas, answer, stream, frames)
@@ -147,11 +172,11 @@ async def stream_answer(request: web.Request, answer: Answer, frames: Frames, li
         async for batch in deltas:
             if write(b"".join(map(delta, batch)), len(batch)):
                 await stream.drain()
-        stream.write(frames.closing(answer) + DONE)
+        stream.write(frames.closing(answer) + frames.done)
     except ApiError as error:
         if not stream.opened:
             raise
-        stream.write(event(error.body()))
+        stream.write(frames.failed(error))
         stream.response.force_close()
     finally:
         stream.close()
@@ -169,7 +194,7 @@ async def _first_batch(deltas: Deltas, answer: Answer, stream: EventStream, fram
     try:
         while not (await asyncio.wait({first}, timeout=interval))[0]:
             if answer.scheduled and not stream.opened:
-                await stream.open(PING)
+                await stream.open(stream.ping)
         batch = first.result()
     finally:
         if not first.done():

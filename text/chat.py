@@ -54,11 +54,13 @@ class ChatTemplate:
         *,
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         kwargs: dict[str, Any] | None = None,
     ) -> list[int]:
         """Prompt ids. `messages`: OpenAI's, content a string or a list of text parts. `kwargs`: more variables for the
-        template. Raises TemplateRefused, TemplateArgument, TemplateBudget, Unencodable."""
-        text, marks = self._marked_text(messages, tools, add_generation_prompt, kwargs)
+        template. `continue_final_message`: end with the text of the last message, so that the answer goes on from it.
+        Raises TemplateRefused, TemplateArgument, TemplateBudget, Unencodable."""
+        text, marks = self._marked_text(messages, tools, add_generation_prompt, kwargs, continue_final_message)
         tokenizer = self._tokenizer
         ids: list[int] = []
         first = True
@@ -91,6 +93,7 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None,
         add_generation_prompt: bool,
         kwargs: dict[str, Any] | None,
+        continue_final_message: bool = False,
     ) -> tuple[str, Marks]:
         for key in kwargs or {}:
             if key in RESERVED or not key.isidentifier():
@@ -100,7 +103,8 @@ class ChatTemplate:
         marked = marks.messages(plain)
         if isinstance(self._renderer, LMDeployTemplate):
             _refuse_extras(tools, kwargs)
-            return self._renderer.render(marked, add_generation_prompt), marks
+            text = self._renderer.render(marked, add_generation_prompt)
+            return _cut_at_final(text, marked) if continue_final_message else text, marks
         variables = {
             **self._special_variables,
             **marks.value(kwargs or {}),
@@ -109,7 +113,8 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         name = TOOL_USE if tools and TOOL_USE in self._sources else DEFAULT
-        return _render_jinja(self._renderer, name, variables), marks
+        text = _render_jinja(self._renderer, name, variables)
+        return _cut_at_final(text, marked) if continue_final_message else text, marks
 
     def check(self) -> None:
         """Render a short conversation; learn what ends an answer. Raises TemplateError if the template cannot do it."""
@@ -141,6 +146,16 @@ class ChatTemplate:
         """End the helper process, if there is one; a later render would start another."""
         if isinstance(self._renderer, TemplateHost):
             self._renderer.close()
+
+
+def _cut_at_final(text: str, messages: list[dict[str, Any]]) -> str:
+    """The rendered text up to the end of the last message's content."""
+    content = messages[-1]["content"] if messages else ""
+    at = text.rfind(content.strip()) if isinstance(content, str) else -1
+    if at < 0:
+        raise TemplateRefused("continue_final_message: this model's chat template does not write the last message as it is")
+    whole = text.find(content, at - len(content)) if content else at
+    return text[: whole + len(content)] if whole >= 0 else text[: at + len(content.strip())]
 
 
 def _refuse_extras(tools: list[dict[str, Any]] | None, kwargs: dict[str, Any] | None) -> None:

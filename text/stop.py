@@ -54,7 +54,7 @@ class StopMatcher:
     include: the stop string itself is part of the text. After `push` has said stopped, further text is swallowed.
     """
 
-    __slots__ = ("_first", "_held", "_include", "_node", "_root", "stopped")
+    __slots__ = ("_first", "_held", "_include", "_node", "_root", "matched", "stopped")
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         if isinstance(stops, str) or not all(stops):
@@ -64,6 +64,7 @@ class StopMatcher:
         self._include = include
         self._held = ""  # the text of the current node: node.depth characters
         self.stopped = False
+        self.matched = ""  # the stop string that was complete first
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text that may be delivered now, whether a stop string is complete)."""
@@ -81,6 +82,7 @@ class StopMatcher:
                 self.stopped = True
                 seen = self._held + text[: i + 1]
                 self._held = ""
+                self.matched = seen[len(seen) - node.match :]
                 return seen if self._include else seen[: len(seen) - node.match], True
         seen = self._held + text
         safe = len(seen) - node.depth

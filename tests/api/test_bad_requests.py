@@ -206,7 +206,8 @@ def test_completion_ranges(server: Running) -> None:
     check_error(*server.post(TEXT, {**GOOD, "n": 2, "best_of": 1}), "best_of")
     assert server.post(TEXT, {**GOOD, "n": 2, "best_of": 2})[0] == 200
     check_error(*server.post(TEXT, {**GOOD, "suffix": "x"}), "suffix")
-    check_error(*server.post(TEXT, {**GOOD, "echo": True, "logprobs": 1}), "echo")
+    check_error(*server.post(TEXT, {**GOOD, "max_tokens": 0}), "max_tokens")
+    assert server.post(TEXT, {**GOOD, "echo": True, "logprobs": 1, "max_tokens": 0})[0] == 200
     check_error(*server.post(TEXT, {**GOOD, "stream_options": {"include_usage": True}}), "stream_options")
     check_error(*server.post(TEXT, {**GOOD, "stream": True, "stream_options": {"x": 1}}), "stream_options.x")
     check_error(*server.post(TEXT, {**GOOD, "stream": True, "stream_options": {"include_usage": 1}}), "stream_options.include_usage")

@@ -76,6 +76,7 @@ class GenerationConfig:
     stop_words: Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
     logit_bias: Mapping[int, float] | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -106,6 +107,7 @@ class GenerationConfig:
             "stop": None if self.stop_words is None else list(self.stop_words),
             "stop_token_ids": None if self.stop_token_ids is None else list(self.stop_token_ids),
             "bad_words": None if self.bad_words is None else list(self.bad_words),
+            "allowed_token_ids": None if self.allowed_token_ids is None else list(self.allowed_token_ids),
             "logit_bias": None if self.logit_bias is None else {str(i): addend for i, addend in self.logit_bias.items()},
             "skip_special_tokens": self.skip_special_tokens,
             "include_stop_str_in_output": self.include_stop_str_in_output,

@@ -125,7 +125,9 @@ class LocalModel:
         else:
             text = values["prompt"][0]
             ids = await service.encode(text, "prompt") if isinstance(text, str) else text
-        return service.submit([ids], read(values, logprobs), NOBODY, default_tokens=default_tokens, param=param, started_s=started_s)
+        return service.submit(
+            [ids], read(values, logprobs), NOBODY, default_tokens=default_tokens, param=param, started_s=started_s, chat=chat
+        )
 
     def close(self) -> None:
         """End the engine and its thread; idempotent. Answers that still run fail."""

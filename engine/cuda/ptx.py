@@ -281,8 +281,3 @@ ceiling = _asm("cvt.rpi.f64.f64 $0, $1;", [f64], [f64], pure=True)
 
 store_release_system = _asm("st.release.sys.global.u32 [$0], $1;", [], [u64, u32], memory=True)
 load_acquire_system = _asm("ld.acquire.sys.global.u32 $0, [$1];", [u32], [u64], memory=True)
-_MMA_ADD = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{$0,$1,$2,$3}}, {{$8,$9,$10,$11}}, {{$12,$13}}, {{$0,$1,$2,$3}};"
-MMA_ADD = {  # (c0 .. c3, a0 .. a3, b0, b1) -> c0 .. c3, in the same registers: assemblers for sm_8x do not find that by themselves
-    dtype: _asm(_MMA_ADD.format(name), [f32] * 4, [f32] * 4 + [u32] * 6, pure=True, tied=4)
-    for dtype, name in (("bfloat16", "bf16"), ("float16", "f16"))
-}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gzip
 import json
 import os
 import random
@@ -159,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--rows", type=int, default=1, help="sequences that decode together")
     p.add_argument("--skip", type=int, default=16, help="steady steps before the recorded ones")
     p.add_argument("--steps", type=int, default=48, help="steps to record")
-    p.add_argument("--trace", default="", help="write the Chrome trace here")
+    p.add_argument("--trace", default="", help="write the Chrome trace here; compressed where the name ends in .gz")
     p.add_argument("--json", action="store_true")
     args = p.parse_args(argv)
     if not (1 <= args.rows <= 4096 and 0 <= args.skip <= 10_000 and SETTLE + 3 <= args.steps <= 10_000):
@@ -172,7 +173,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"bench.profile: {error}", file=sys.stderr)
             return 2
     if args.trace:
-        Path(args.trace).write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+        data = json.dumps({"traceEvents": events}).encode()
+        Path(args.trace).write_bytes(gzip.compress(data, 6) if args.trace.endswith(".gz") else data)
     out |= {"bench": "profile", "rows": args.rows, "model": Path(args.model).name, "set": args.set, "machine": describe_machine()}
     print(f"{out['device']} busy {100 * out['busy_share']:.1f} %; {out['steps']} steps of {args.rows} rows, {out['step_us']:.0f} us each")
     for row in out["top"]:

@@ -1,0 +1,145 @@
+"""Every CUDA kernel for every architecture, with no GPU: registers, stack frame, spills. Part of `python -m bench.kernels`.
+
+The kernels are those that the operations of some real models would load (`MODELS`), compiled by Numba to PTX and assembled by
+nvJitLink, in several processes. sm_80 and newer take all of them, older ones the portable operations in float16.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.cuda.attention_portable import PortableAttention
+from engine.cuda.ceilings import SHAPES, Nothing, Read
+from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
+from engine.cuda.kv_store import RopeStore
+from engine.cuda.launch import Kernel, Library, Variant, assemble, to_ptx
+from engine.cuda.paged_attention import PagedDecode
+from engine.cuda.prefill_attention import PrefillAttention
+
+OLDEST_MMA = (8, 0)
+MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132}  # T4, A100, RTX 3090, RTX 4090, H200: decides grids, and with them variants
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What decides the variants: sizes of a rank."""
+
+    name: str
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    block_seq_len: int = 64
+    window: int = 0
+    qk_norm: bool = False
+    group: int = 128
+    dtypes: tuple[str, ...] = ("bfloat16", "float16")
+
+
+MODELS = (
+    Model("Llama-3.1-8B", 4096, 14336, 32, 8, 128, 128256),
+    Model("Llama-3.1-70B, half of it", 8192, 14336, 32, 4, 128, 64128, dtypes=("float16",)),
+    Model("Qwen3-8B", 4096, 12288, 32, 8, 128, 151936, qk_norm=True, dtypes=("bfloat16",)),
+    Model("Qwen2.5-0.5B", 896, 4864, 14, 2, 64, 151936, dtypes=("bfloat16",)),
+    Model("SmolLM2-135M", 576, 1536, 9, 3, 64, 49152, block_seq_len=16, group=32),
+    Model("Mistral-7B", 4096, 14336, 32, 8, 128, 32000, block_seq_len=128, window=4096, dtypes=("bfloat16",)),
+    Model("Phi-3-mini", 3072, 8192, 32, 32, 96, 32064, dtypes=("bfloat16",)),
+    Model("head_dim 80", 2560, 10240, 32, 32, 80, 51200, group=64, dtypes=("bfloat16",)),
+    Model("head_dim 256", 3072, 24576, 16, 16, 256, 256000, dtypes=("bfloat16",)),
+)
+
+
+class _NoDevice:
+    """Stands where a card would: variants can be named, not loaded."""
+
+    image = "cubin"
+
+    def __init__(self, sm: int) -> None:
+        self.cc = (sm // 10, sm % 10)
+        self.multiprocessors = MULTIPROCESSORS.get(sm, 100)
+
+    def load(self, image: bytes, entry: str, kernel: Kernel) -> Callable[..., None]:
+        raise RuntimeError("there is no card here")
+
+
+def operations(library: Library, device: _NoDevice, model: Model, dtype: str) -> Iterator[Any]:
+    """What a rank with this model would make."""
+    m = model
+    yield from (RmsNorm(library, m.hidden, dtype), AddRmsNorm(library, m.hidden, dtype), SiluMul(library, m.inner, dtype))
+    yield from (Embed(library, m.hidden), TakeRows(library, m.hidden), ApplyUpdates(library))
+    yield RopeStore(library, m.heads, m.kv_heads, m.head_dim, m.head_dim, m.block_seq_len, dtype, qk_norm=m.qk_norm)
+    if device.cc < OLDEST_MMA:
+        yield PortableAttention(library, m.heads, m.kv_heads, m.head_dim, m.block_seq_len, window=m.window)
+        return
+    place = (library, m.heads, m.kv_heads, m.head_dim, m.block_seq_len, dtype)
+    yield PagedDecode(*place, 256, device.multiprocessors, device.cc, window=m.window)
+    yield PrefillAttention(*place, device.multiprocessors, device.cc, window=m.window)
+
+
+def variants(sm: int, models: Sequence[Model] = MODELS) -> list[Variant]:
+    """Each kernel once, in the order of the models."""
+    found: dict[Variant, None] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        device = _NoDevice(sm)
+        library = Library(device, Path(folder))
+        plain = [Nothing(library), *(Read(library, device.multiprocessors, *shape) for shape in SHAPES)]
+        for model in models:
+            dtypes = model.dtypes if device.cc >= OLDEST_MMA else tuple(d for d in model.dtypes if d == "float16")
+            for dtype in dtypes:
+                plain += operations(library, device, model, dtype)
+        for operation in plain:
+            found |= dict.fromkeys(operation.variants)
+    return list(found)
+
+
+def resources(variant: Variant, sm: int) -> dict[str, Any]:
+    """One row of the result; RuntimeError with the compiler's or the assembler's words."""
+    cc = sm // 10, sm % 10
+    suffix = variant.make().suffix
+    if suffix and cc[0] != 9:
+        raise RuntimeError(f"{variant.name} is for compute capability 9.0 alone")
+    _, found = assemble(to_ptx(variant, cc), cc, suffix)
+    return {
+        "kernel": variant.name, "sm": sm, "registers": found.registers, "stack_bytes": found.stack_bytes, "spill_bytes": found.spill_bytes,
+    }  # fmt: skip
+
+
+def run(architectures: Sequence[int], match: str, processes: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """(rows, what failed) of every kernel whose name holds `match`, for each architecture."""
+    work = [(variant, sm) for sm in architectures for variant in variants(sm) if match in variant.name]
+    found: list[dict[str, Any]] = []
+    failed: list[str] = []
+    if processes == 1 or len(work) <= 2:
+        for variant, sm in work:
+            _take(lambda variant=variant, sm=sm: resources(variant, sm), f"{variant.name}, sm_{sm}", found, failed)
+        return found, failed
+    with ProcessPoolExecutor(min(processes, len(work)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(resources, variant, sm): f"{variant.name}, sm_{sm}" for variant, sm in work}
+        for future in as_completed(futures):
+            _take(future.result, futures[future], found, failed)
+    found.sort(key=lambda row: (row["sm"], row["kernel"]))
+    return found, sorted(failed)
+
+
+def _take(call: Callable[[], dict[str, Any]], what: str, found: list[dict[str, Any]], failed: list[str]) -> None:
+    try:
+        found.append(call())
+    except Exception as error:  # a compiler's exceptions are many; each is one line of the result
+        words = str(error).strip().splitlines()
+        failed.append(f"{what}: {type(error).__name__}: {words[0] if words else ''}")
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [f"{'sm':>3} {'registers':>9} {'stack':>6} {'spills':>6}  kernel"]
+    for r in rows:
+        mark = "  <--" if r["stack_bytes"] or r["spill_bytes"] else ""
+        lines.append(f"{r['sm']:>3} {r['registers']:>9} {r['stack_bytes']:>6} {r['spill_bytes']:>6}  {r['kernel']}{mark}")
+    return "\n".join(lines)

@@ -1,0 +1,454 @@
+"""Every CUDA operation at the shapes of Llama-3.1-8B: time, share of the measured ceilings, error against engine/reference.py.
+
+Part of `python -m bench.kernels --device cuda`. Weights and KV pools are rotated past the L2 cache, as in a model, where every
+layer reads its own; small activations are not: in a model they come from the operation before. Outputs are poisoned with
+NaN before they are checked. A part that fails is reported and does not stop the others. Knows no engine loop.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import peers
+from bench.gpu_time import Call, copies, relative_error
+from engine import awq, reference
+from engine.cuda import ceilings
+from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
+from engine.cuda.kv_store import RopeStore
+from engine.cuda.launch import Library
+from engine.cuda.paged_attention import PagedDecode
+from engine.cuda.prefill_attention import PrefillAttention
+from engine.cuda.sampling import GpuSampler
+from engine.cuda.w4_matmul import W4Matmul
+from engine.sampler import Sampler
+from engine.sequence import SamplingParams
+from engine.step import Admit
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+CHECKED_ROWS = 8  # of an output, against the reference
+CHECKED_COLUMNS = 512
+EPS = 1e-5
+TOLERANCE = 2e-2  # of a relative error: several roundings to 8 bits of mantissa
+PLACES = 1 << 18  # ids a sequence may get while sampling is timed: each call writes the next
+SAMPLING = {
+    "greedy": SamplingParams(max_tokens=1, temperature=0.0),
+    "temperature": SamplingParams(max_tokens=1, temperature=1.0),
+    "top-k, top-p": SamplingParams(max_tokens=1, temperature=0.8, top_k=50, top_p=0.95),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """What is measured. `decode` (sequences, context), `prompts` (prompts, tokens of each)."""
+
+    hidden: int = 4096
+    inner: int = 14336
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    block_seq_len: int = 64
+    vocab: int = 128256
+    group: int = 128
+    products: tuple[tuple[str, int, int], ...] = tuple((name, n, k) for name, (n, k) in peers.PRODUCTS.items())
+    rows: tuple[int, ...] = tuple(peers.W4_BARS)
+    decode: tuple[tuple[int, int], ...] = (*peers.DECODE_ATTENTION, *peers.ATTENTION_BAR_TB_S)
+    prompts: tuple[tuple[int, int], ...] = ((8, 1024), (8, 4096), (1, 8192))
+    small: tuple[int, ...] = (1, 32, 256, 8192)
+    sampled: tuple[int, ...] = (1, 32, 256)
+    max_rows: int = 256
+    read_bytes: int = 2 << 30
+    dense: tuple[int, int, int] = (8192, 28672, 4096)  # M, N, K of the product whose rate is the ceiling
+
+
+TOYS = (
+    Shapes(
+        hidden=256, inner=512, heads=8, kv_heads=2, head_dim=64, block_seq_len=16, vocab=1003, products=(("a", 256, 256), ("b", 384, 512)),
+        rows=(1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 129), decode=((1, 1), (1, 700), (3, 65), (5, 129)), prompts=((1, 1), (2, 33), (3, 130)),
+        small=(1, 5, 33), sampled=(1, 5), max_rows=8, read_bytes=64 << 20, dense=(256, 256, 256),
+    ),
+    Shapes(
+        hidden=128, inner=384, heads=7, kv_heads=1, head_dim=128, block_seq_len=64, vocab=5000, group=32, products=(("a", 96, 160),),
+        rows=(1, 3, 15, 31, 70), decode=((2, 64), (1, 1025)), prompts=((2, 70),), small=(2,), sampled=(3,), max_rows=4, read_bytes=64 << 20,
+        dense=(256, 256, 256),
+    ),
+)  # fmt: skip
+
+
+class CudaBench:
+    """One device, its ceilings, and the rows of the report. `out`: a file that gets each row as a JSON line when it is measured."""
+
+    def __init__(self, device: Any, library: Library, timer: Any, shapes: Shapes, dtype: str, out: Path | None = None) -> None:
+        self.device, self.library, self.timer, self.shapes, self.dtype = device, library, timer, shapes, dtype
+        self.place = {"device": device.torch_device, "dtype": DTYPES[dtype]}
+        self.rng = np.random.default_rng(0)
+        self.generator = torch.Generator(device=device.torch_device).manual_seed(0)
+        self.rows: list[dict[str, Any]] = []
+        self.failed: list[str] = []
+        self.read = self.flops = 0.0
+        self.launch_us = 0.0
+        self.w4_layer_us: dict[str, float] = {}
+        self._out = out
+        self._heads = {"heads": shapes.heads, "kv_heads": shapes.kv_heads, "head_dim": shapes.head_dim}
+
+    # -- helpers ----------------------------------------------------------------------------------------------------------
+
+    def random(self, *shape: int) -> torch.Tensor:
+        """Normal numbers in the computing dtype, on the card."""
+        return torch.randn(shape, generator=self.generator, **self.place)
+
+    def ints(self, values: Any) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(values, np.int32), device=self.device.torch_device)
+
+    def poisoned(self, *shape: int) -> torch.Tensor:
+        return torch.full(shape, torch.nan, **self.place)
+
+    def measure(self, op: str, case: str, calls: Sequence[Call], *, nbytes: float = 0, flop: float = 0, **more: Any) -> float:
+        """Time the calls and keep a row; seconds of one."""
+        seconds = self.timer.seconds(calls)
+        memory, compute = nbytes / seconds / self.read, flop / seconds / self.flops
+        bound, share = ("read", memory) if memory >= compute else ("dense", compute)
+        row = {
+            "op": op, "case": case, "us": seconds * 1e6, "gb_s": nbytes / seconds / 1e9, "gflop_s": flop / seconds / 1e9,
+            "percent": 100 * share, "of": bound, "error": None, **more,
+        }  # fmt: skip
+        self.keep(row)
+        if row["error"] is not None and not row["error"] <= TOLERANCE:
+            self.failed.append(f"{op} {case}: differs from the reference by {row['error']:.2g}, {TOLERANCE:g} is allowed")
+        return seconds
+
+    def keep(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        error = "" if row["error"] is None else f"  error {row['error']:.1e}"
+        peer = f"  peer {row['peer_us']:g} us" if row.get("peer_us") else ""
+        rates = f"{row['gb_s']:8.1f} GB/s {row['gflop_s'] / 1e3:8.2f} TFLOP/s {row['percent']:5.1f} % of {row['of']:5}"
+        print(f"{row['op']:24} {row['case']:22} {row['us']:10.2f} us {rates}{error}{peer}", flush=True)
+        if self._out is not None:
+            with self._out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"bench": "kernel row", **row}) + "\n")
+
+    def part(self, name: str, run: Callable[[], None]) -> None:
+        """Run a part; what goes wrong is said and remembered."""
+        try:
+            run()
+        except Exception as error:
+            self.failed.append(f"{name}: {type(error).__name__}: {error}")
+            print(f"{name} failed: {''.join(traceback.format_exception_only(error)).strip()}", flush=True)
+        if self.device.torch_device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # -- ceilings ---------------------------------------------------------------------------------------------------------
+
+    def ceilings(self) -> None:
+        """Bytes a second of a plain read kernel, the best of its shapes; operations a second of a dense product; an empty launch."""
+        data = torch.randint(0, 1 << 31, (self.shapes.read_bytes // 4,), dtype=torch.int32, device=self.device.torch_device)
+        data = data.view(torch.uint32)
+        for threads, in_flight, blocks in ceilings.SHAPES:
+            read = ceilings.Read(self.library, self.device.multiprocessors, threads, in_flight, blocks)
+            sums = torch.empty(read.threads, dtype=torch.uint32, device=self.device.torch_device)
+            if data.numel() // (4 * read.threads * in_flight):
+                seconds = self.timer.seconds([lambda read=read, sums=sums: read(data, sums)])
+                self.read = max(self.read, read.num_bytes(data) / seconds)
+        m, n, k = self.shapes.dense
+        a, b, out = self.random(m, k), self.random(n, k), self.poisoned(m, n)
+        self.flops = 2.0 * m * n * k / self.timer.seconds([lambda: torch.mm(a, b.T, out=out)])
+        self.launch_us = self.timer.seconds([ceilings.Nothing(self.library)] * 16) * 1e6
+        if not self.read:
+            raise ValueError(f"{self.shapes.read_bytes} bytes are too few for the read kernel on this card")
+        rates = f"read {self.read / 1e12:.3f} TB/s; dense product {self.flops / 1e12:.1f} TFLOP/s"
+        print(f"{rates}; empty launch {self.launch_us:.2f} us", flush=True)
+
+    # -- products ---------------------------------------------------------------------------------------------------------
+
+    def random_awq(self, n: int, k: int) -> awq.AWQ:
+        groups = k // self.shapes.group
+        words = self.rng.integers(0, 1 << 32, (k, n // 8), np.uint32).view(np.int32)
+        zeros = self.rng.integers(0, 1 << 32, (groups, n // 8), np.uint32).view(np.int32)
+        return awq.AWQ(words, zeros, (self.rng.random((groups, n)) * 0.002 + 0.003).astype(np.float16))
+
+    def products(self) -> None:
+        """The four 4-bit products: our kernel, a dense copy, a dense copy made for the moment; the layer takes what the engine would."""
+        totals: dict[int, float] = dict.fromkeys(self.shapes.rows, 0.0)
+        for name, n, k in self.shapes.products:
+            self._product(name, n, k, totals)
+        for m, seconds in totals.items():
+            self.w4_layer_us[str(m)] = seconds * 1e6
+            marlin, bar = peers.W4_LAYER["Marlin"].get(m), peers.W4_BARS.get(m)
+            print(f"layer total, {m:5} rows {seconds * 1e6:10.2f} us   bar {bar}   Marlin {marlin}", flush=True)
+
+    def _product(self, name: str, n: int, k: int, totals: dict[int, float]) -> None:
+        op = W4Matmul(self.library, n, k, self.shapes.group, self.dtype)
+        self.library.load(op.variants)
+        raw = self.random_awq(n, k)
+        bytes_w4 = n * k / 2 + n * (k // self.shapes.group) * 2.5
+        packed = [op.pack_from_awq([raw]) for _ in range(copies(bytes_w4))]
+        dense = [self.poisoned(n, k) for _ in range(copies(2 * n * k, 2))]
+        for each in dense:
+            op.dequantize(packed[0], each)
+        columns = self.rng.choice(n, min(n, CHECKED_COLUMNS), replace=False)
+        true_weight = reference.dense(raw)[columns]
+        self.measure(
+            "dequantize", name, [lambda p=p: op.dequantize(p, dense[0]) for p in packed], nbytes=bytes_w4 + 2 * n * k,
+            error=relative_error(dense[0][torch.from_numpy(columns).to(dense[0].device)], true_weight),
+        )  # fmt: skip
+        for m in self.shapes.rows:
+            x, out = self.random(m, k), self.poisoned(m, n)
+            true = reference.linear(x[:CHECKED_ROWS].float().cpu().numpy(), true_weight)
+
+            def error(out: torch.Tensor = out, true: np.ndarray = true) -> float:
+                return relative_error(out[:CHECKED_ROWS][:, torch.from_numpy(columns).to(out.device)], true)
+
+            common = {"flop": 2.0 * m * n * k, "peer_us": peers.MARLIN.get(m, {}).get(name)}
+            chosen = None
+            if op.takes(m, has_dense=False):
+                op(x, packed[0], out, None)
+                chosen = self.measure(
+                    "w4", f"{name} x {m}", [lambda p=p, x=x, out=out: op(x, p, out, None) for p in packed],
+                    nbytes=bytes_w4 + 2 * m * (n + k), error=error(), **common,
+                )  # fmt: skip
+            out.fill_(torch.nan)
+            torch.mm(x, dense[0].T, out=out)
+            seconds = self.measure(
+                "dense copy", f"{name} x {m}", [lambda d=d, x=x, out=out: torch.mm(x, d.T, out=out) for d in dense],
+                nbytes=2 * n * k + 2 * m * (n + k), error=error(), **common,
+            )  # fmt: skip
+            totals[m] += chosen if chosen is not None and op.takes(m, has_dense=True) else seconds
+
+    def head(self) -> None:
+        """The output head, 16-bit weights and float32 logits."""
+        n, k = self.shapes.vocab, self.shapes.hidden
+        weight = self.random(n, k)
+        for m in self.shapes.sampled:
+            x = self.random(m, k)
+            out = torch.full((m, n), torch.nan, dtype=torch.float32, device=self.device.torch_device)
+            self.device.matmul_f32(x, weight, out)
+            true = reference.linear(x[:CHECKED_ROWS].float().cpu().numpy(), weight[:CHECKED_COLUMNS].float().cpu().numpy())
+            self.measure(
+                "output head", f"{m}", [lambda x=x, out=out: self.device.matmul_f32(x, weight, out)], nbytes=2 * n * k + 4 * m * n,
+                flop=2.0 * m * n * k, error=relative_error(out[:CHECKED_ROWS, :CHECKED_COLUMNS], true),
+            )  # fmt: skip
+
+    # -- attention --------------------------------------------------------------------------------------------------------
+
+    def pools(self, blocks: int, seen_bytes: float) -> list[torch.Tensor]:
+        """Layers' pools of random K and V, as many as the cache cannot hold."""
+        s = self.shapes
+        return [self.random(blocks + 1, 2, s.kv_heads, s.block_seq_len, s.head_dim) for _ in range(copies(seen_bytes))]
+
+    def tables(self, rows: int, context: int) -> np.ndarray:
+        """int32 [rows, blocks of a row]: blocks in random order."""
+        blocks = -(-context // self.shapes.block_seq_len)
+        return self.rng.permutation(rows * blocks).astype(np.int32).reshape(rows, blocks)
+
+    def attended(self, q: torch.Tensor, pool: torch.Tensor, table: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """The reference's answer for queries [n, heads, head_dim] of one row at `positions`."""
+        blocks = pool[torch.from_numpy(table).long().to(pool.device)].float().cpu().numpy()
+        k, v = reference.gather_kv(blocks, np.arange(len(table)), int(positions[-1]) + 1)
+        return reference.attend(q.float().cpu().numpy(), k, v, positions, 0).reshape(len(positions), -1)
+
+    def decode_attention(self) -> None:
+        for count, context in self.shapes.decode:
+            self._decode_case(count, context)
+
+    def _decode_case(self, count: int, context: int) -> None:
+        s = self.shapes
+        op = PagedDecode(
+            self.library, **self._heads, block_seq_len=s.block_seq_len, dtype=self.dtype, max_rows=max(s.max_rows, count),
+            multiprocessors=self.device.multiprocessors, cc=self.device.cc,
+        )  # fmt: skip
+        self.library.load(op.variants)
+        op.bind(torch.empty(op.scratch_bytes, dtype=torch.uint8, device=self.device.torch_device))
+        host = self.tables(count, context)
+        kv_bytes = 4.0 * count * context * s.kv_heads * s.head_dim
+        pools, tables = self.pools(host.size, kv_bytes), self.ints(host)
+        q = self.random(count, (s.heads + 2 * s.kv_heads) * s.head_dim)
+        out = self.poisoned(count, s.heads * s.head_dim)
+        contexts, slots = self.ints([context] * count), self.ints(range(count))
+        op.schedule(contexts, slots, count)
+        op(q, pools[0], tables, out)
+        errors = []
+        for row in {0, count - 1}:
+            heads = q[row, : s.heads * s.head_dim].view(1, s.heads, s.head_dim)
+            errors.append(relative_error(out[row : row + 1], self.attended(heads, pools[0], host[row], np.array([context - 1]))))
+        case, flop = f"{count} x {context:,}", 4.0 * count * context * s.heads * s.head_dim
+        peer = peers.DECODE_ATTENTION.get((count, context))
+        self.measure(
+            "decode attention", case, [lambda p=p: op(q, p, tables, out) for p in pools], nbytes=kv_bytes + 2 * q.nbytes, flop=flop,
+            error=max(errors), peer_us=peer,
+        )  # fmt: skip
+        self.measure("decode schedule", case, [lambda: op.schedule(contexts, slots, count)])
+
+    def prompt_attention(self) -> None:
+        for count, length in self.shapes.prompts:
+            self._prompt_case(count, length)
+
+    def _prompt_case(self, count: int, length: int) -> None:
+        s = self.shapes
+        op = PrefillAttention(
+            self.library, **self._heads, block_seq_len=s.block_seq_len, dtype=self.dtype, multiprocessors=self.device.multiprocessors,
+            cc=self.device.cc,
+        )  # fmt: skip
+        self.library.load(op.variants)
+        host = self.tables(count, length)
+        pool, tables = self.pools(host.size, 1 << 40)[0], self.ints(host)
+        tokens = count * length
+        q = self.random(tokens, (s.heads + 2 * s.kv_heads) * s.head_dim)
+        out = self.poisoned(tokens, s.heads * s.head_dim)
+        cut = op.tiles((row, row * length, length, 0) for row in range(count))
+        most, tiles = int(cut[:, 2].max()), self.ints(cut)
+        op(q, pool, tables, tiles, most, out)
+        errors = []
+        for row, first, n in ((0, 0, min(16, length)), (count - 1, max(0, length - 16), min(16, length))):
+            at = slice(row * length + first, row * length + first + n)
+            heads = q[at, : s.heads * s.head_dim].reshape(n, s.heads, s.head_dim)
+            errors.append(relative_error(out[at], self.attended(heads, pool, host[row], np.arange(first, first + n))))
+        case, flop = f"{count} x {length:,}", 2.0 * count * length * (length + 1) * s.heads * s.head_dim
+        kv_bytes = 4.0 * tokens * s.kv_heads * s.head_dim
+        self.measure(
+            "prompt attention", case, [lambda: op(q, pool, tables, tiles, most, out)], nbytes=kv_bytes + 2 * out.nbytes, flop=flop,
+            error=max(errors),
+        )  # fmt: skip
+        if self.device.torch_device.type == "cuda":
+            self._torch_attention(q, count, length, case, flop)
+
+    def _torch_attention(self, q: torch.Tensor, count: int, length: int, case: str, flop: float) -> None:
+        """torch's backends on K and V that lie contiguous: what they would need gathered first."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.nn.functional import scaled_dot_product_attention
+
+        s = self.shapes
+        parts = q.view(count, length, s.heads + 2 * s.kv_heads, s.head_dim).transpose(1, 2)
+        query, k, v = parts[:, : s.heads], parts[:, s.heads : s.heads + s.kv_heads], parts[:, s.heads + s.kv_heads :]
+        for name, backend in (("FlashAttention", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+
+            def run(backend: Any = backend) -> None:
+                with sdpa_kernel(backend):
+                    scaled_dot_product_attention(query, k, v, is_causal=True, enable_gqa=True)
+
+            self.part(f"torch {name} {case}", lambda name=name, run=run: void(self.measure(f"torch {name}", case, [run], flop=flop)))
+
+    # -- between the products ---------------------------------------------------------------------------------------------
+
+    def elementwise(self) -> None:
+        for tokens in self.shapes.small:
+            self.part(f"elementwise {tokens}", lambda tokens=tokens: self._elementwise(tokens))
+
+    def _elementwise(self, tokens: int) -> None:
+        s, dev = self.shapes, self.device.torch_device
+        norm, add_norm = RmsNorm(self.library, s.hidden, self.dtype), AddRmsNorm(self.library, s.hidden, self.dtype)
+        silu = SiluMul(self.library, s.inner, self.dtype)
+        embed, take, updates = Embed(self.library, s.hidden), TakeRows(self.library, s.hidden), ApplyUpdates(self.library)
+        few, case = min(tokens, CHECKED_ROWS), f"{tokens}"
+        x, weight = self.random(tokens, s.hidden), torch.rand(s.hidden, device=dev) + 0.5
+        out, residual = self.poisoned(tokens, s.hidden), self.random(tokens, s.hidden)
+        norm(x, weight, out, EPS)
+        host = x[:few].float().cpu().numpy()
+        true = reference.rms_norm(host, weight.cpu().numpy(), EPS)
+        size = x.nbytes
+        self.measure("rms_norm", case, [lambda: norm(x, weight, out, EPS)], nbytes=2 * size, error=relative_error(out[:few], true))
+        true = reference.rms_norm(host + residual[:few].float().cpu().numpy(), weight.cpu().numpy(), EPS)
+        out.fill_(torch.nan)
+        add_norm(x, residual, weight, out, EPS)
+        error = relative_error(out[:few], true)
+        zeros = torch.zeros_like(x)  # or the residual would grow without bound over the repeats
+        self.measure("add_rms_norm", case, [lambda: add_norm(zeros, residual, weight, out, EPS)], nbytes=4 * size, error=error)
+        wide, gated = self.random(tokens, 2 * s.inner), self.poisoned(tokens, s.inner)
+        silu(wide, gated)
+        error = relative_error(gated[:few], reference.silu_mul(wide[:few].float().cpu().numpy()))
+        self.measure("silu_mul", case, [lambda: silu(wide, gated)], nbytes=wide.nbytes * 1.5, error=error)
+        table, ids = self.random(min(s.vocab, 32768), s.hidden), self.ints(self.rng.integers(0, min(s.vocab, 32768), (tokens + 1, 3)))
+        slots, places = self.ints(range(tokens)), self.ints([1] * tokens)
+        out.fill_(torch.nan)
+        embed(table, ids, slots, places, out)
+        error = relative_error(out, table[ids[:tokens, 1].long()].float().cpu())
+        self.measure("embed", case, [lambda: embed(table, ids, slots, places, out)], nbytes=2 * size, error=error)
+        picked = self.ints(self.rng.integers(0, tokens, min(tokens, s.max_rows)))
+        some = self.poisoned(len(picked), s.hidden)
+        take(x, picked, some)
+        error = relative_error(some, x[picked.long()].float().cpu())
+        self.measure("take_rows", case, [lambda: take(x, picked, some)], nbytes=2 * some.nbytes, error=error)
+        entries = self.ints([[row, 0, row] for row in range(min(tokens, s.max_rows))])
+        tables = torch.zeros((s.max_rows + 1, 4), dtype=torch.int32, device=dev)
+        self.measure("apply_updates", case, [lambda: updates(tables, entries)], nbytes=2 * entries.nbytes)
+        self._rope_store(tokens, few)
+
+    def _rope_store(self, tokens: int, few: int) -> None:
+        s, dev = self.shapes, self.device.torch_device
+        op = RopeStore(self.library, s.heads, s.kv_heads, s.head_dim, s.head_dim, s.block_seq_len, self.dtype)
+        host = self.tables(1, tokens)
+        pool, tables = self.pools(host.size, 1 << 40)[0], self.ints(host)
+        angles = np.outer(np.arange(tokens), 500000.0 ** (-np.arange(0, s.head_dim, 2) / s.head_dim)).astype(np.float32)
+        cos, sin = (torch.from_numpy(f(angles)).to(dev) for f in (np.cos, np.sin))
+        qkv = self.random(tokens, (s.heads + 2 * s.kv_heads) * s.head_dim)
+        slots, positions = self.ints([0] * tokens), self.ints(range(tokens))
+        given = qkv[:few].float().cpu().numpy()
+        q, k, v = reference.split_qkv(given, s.heads, s.kv_heads, s.head_dim)
+        pool.fill_(torch.nan)
+        op(qkv, pool, slots, positions, tables, cos, sin)
+        true_q, true_k = (reference.rotate(x, np.cos(angles[:few]), np.sin(angles[:few])) for x in (q, k))
+        got_q = qkv[:few, : s.heads * s.head_dim].reshape(few, s.heads, s.head_dim)
+        row = pool[torch.from_numpy(host[0]).long().to(dev)].float().cpu().numpy()
+        got_k, got_v = reference.gather_kv(row, np.arange(len(row)), few)
+        pairs = (got_q, true_q), (torch.from_numpy(got_k), true_k), (torch.from_numpy(got_v), v)
+        self.measure(
+            "rope_store", f"{tokens}", [lambda: op(qkv, pool, slots, positions, tables, cos, sin)], nbytes=2 * qkv.nbytes,
+            error=max(relative_error(*pair) for pair in pairs),
+        )  # fmt: skip
+
+    # -- sampling ---------------------------------------------------------------------------------------------------------
+
+    def sampling(self) -> None:
+        for rows in self.shapes.sampled:
+            for name, params in SAMPLING.items():
+                self._sampling_case(rows, name, params)
+
+    def _sampling_case(self, rows: int, name: str, params: SamplingParams) -> None:
+        """Logits to ids, the copy of the ids to the host in it. Error: share of ids that differ from the host's sampler."""
+        vocab, dev = self.shapes.vocab, self.device.torch_device
+        op = GpuSampler(self.library, self.device, rows, vocab)
+        self.library.load(op.variants)
+        host = Sampler(rows, 8, vocab)
+        for slot in range(rows):
+            admit = Admit(slot, (slot + 3, 5), 2, (), replace(params, seed=slot))
+            op.admit(admit)
+            host.admit(admit)
+        logits = torch.randn((rows, vocab), generator=self.generator, device=dev) * 3
+        slots, ids = self.ints(range(rows)), torch.zeros((rows + 1, PLACES), dtype=torch.int32, device=dev)
+        true, _ = host.sample(logits.cpu().numpy().copy(), tuple(range(rows)))
+        finish = op.sample(logits, slots, range(rows), ids)
+        self.device.synchronize()
+        got, _ = finish()
+        wrong = float(np.mean(np.asarray(got) != np.asarray(true)))
+        calls = [lambda: op.sample(logits, slots, range(rows), ids)]
+        self.measure(f"sampling, {name}", f"{rows} x {vocab:,}", calls, nbytes=logits.nbytes, error=wrong)
+
+    def result(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {
+            "ceilings": {"read_gb_s": self.read / 1e9, "dense_gflop_s": self.flops / 1e9, "empty_launch_us": self.launch_us},
+            "rows": self.rows, "w4_layer_us": self.w4_layer_us, "failed": self.failed, "emulated": self.timer.emulated, "dtype": self.dtype,
+        }  # fmt: skip
+
+    def run(self, parts: set[str]) -> None:
+        """The ceilings, then the parts asked for, all where the set is empty."""
+        self.ceilings()
+        for name, run in self.parts().items():
+            if not parts or name in parts:
+                self.part(name, run)
+
+    def parts(self) -> dict[str, Callable[[], None]]:
+        return {
+            "products": self.products, "decode_attention": self.decode_attention, "prompt_attention": self.prompt_attention,
+            "elementwise": self.elementwise, "sampling": self.sampling, "head": self.head,
+        }  # fmt: skip
+
+
+def void(_: object) -> None:
+    """A value that nobody wants."""

@@ -17,7 +17,6 @@ import numpy as np
 
 from tests.ptx.errors import EmulatorError
 from tests.ptx.inline import unfold
-from tests.ptx.loadstore import copies_of
 from tests.ptx.machine import DTYPE, Machine, size_of
 from tests.ptx.memory import Memory, Region, Window
 from tests.ptx.parser import Instruction, Kernel, Module, parse
@@ -135,8 +134,7 @@ class Emulator:
         )
         for first in range(0, total, blocks):
             exists = machine.place(whole_grid, whole_block, first)
-            machine.shared.reset(races, poison)
-            copies_of(machine).reset()
+            machine.reset(races, poison)
             program.run(exists, step_limit)
         conflicts = {line: (text, float(np.mean(ways))) for line, (text, ways) in sorted(machine.options.conflicts.items())}
         self.stats = {**machine.stats, "bank_conflicts": conflicts}

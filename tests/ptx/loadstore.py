@@ -486,9 +486,9 @@ class AsyncCopies:
 
 
 def copies_of(machine: Machine) -> AsyncCopies:
-    if not hasattr(machine, "copies"):
-        machine.copies = AsyncCopies(machine)  # type: ignore[attr-defined]
-    return machine.copies  # type: ignore[attr-defined,no-any-return]
+    if machine.copies is None:
+        machine.copies = AsyncCopies(machine)
+    return machine.copies  # type: ignore[no-any-return]
 
 
 def cp_async(machine: Machine, instruction: Instruction) -> Bound:
@@ -550,6 +550,6 @@ def nothing(machine: Machine, instruction: Instruction) -> Bound:
 
 OPS: dict[str, Callable[[Machine, Instruction], Bound]] = {
     "ld": load, "ldu": load, "st": store, "atom": atomic, "red": atomic, "ldmatrix": ldmatrix, "stmatrix": stmatrix, "prefetch": nothing,
-    "prefetchu": nothing, "membar": nothing, "fence": nothing, "discard": nothing, "applypriority": nothing, "nanosleep": nothing,
+    "prefetchu": nothing, "membar": nothing, "discard": nothing, "applypriority": nothing, "nanosleep": nothing,
     "setmaxnreg": nothing, "griddepcontrol": nothing, "createpolicy": nothing, "pmevent": nothing,
 }  # fmt: skip

@@ -60,6 +60,9 @@ class Machine:
         self._variables(shared_bytes)
         self._special()
         self.clock = 0
+        self.copies: Any = None  # what is in flight: cp.async, mbarriers, wgmma, made by whoever needs them
+        self.barriers: Any = None
+        self.reads: Any = None
 
     # -- addresses -------------------------------------------------------------------------------------------------------
 
@@ -135,6 +138,13 @@ class Machine:
             self.special[f"%nctaid.{axis}"].fill(count)
         self.index = index
         return (thread < self.threads) & (index < gx * gy * gz)
+
+    def reset(self, races: bool, poison: bool) -> None:
+        """Nothing is in flight, shared memory is poison."""
+        self.shared.reset(races, poison)
+        for part in (self.copies, self.barriers, self.reads):
+            if part is not None:
+                part.reset()
 
     def where(self, lane: int) -> str:
         """Thread and thread block of a lane, for messages."""

@@ -13,20 +13,36 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx import arith, collective, convert, loadstore
+from tests.ptx import arith, collective, convert, loadstore, mbarrier, wgmma
 from tests.ptx.collective import ballot_of, presence
 from tests.ptx.errors import EmulatorError
 from tests.ptx.machine import Array, Bound, Machine
 from tests.ptx.parser import Instruction, Kernel
 
-OPS: dict[str, Callable[[Machine, Instruction], Bound]] = {**arith.OPS, **convert.OPS, **loadstore.OPS, **collective.OPS}
-OPS["cp"] = loadstore.cp_async
+OPS: dict[str, Callable[[Machine, Instruction], Bound]] = {
+    **arith.OPS,
+    **convert.OPS,
+    **loadstore.OPS,
+    **collective.OPS,
+    **mbarrier.OPS,
+    **wgmma.OPS,
+}
+
+
+def copy(machine: Machine, instruction: Instruction) -> Bound:
+    """cp.async in its three kinds."""
+    kinds = {"bulk": mbarrier.bulk, "mbarrier": mbarrier.async_arrive}
+    return kinds.get(instruction.parts[2], loadstore.cp_async)(machine, instruction)
+
+
+OPS["cp"] = copy
 ALIGNED = {"mma", "ldmatrix", "stmatrix", "movmatrix", "wgmma"}
-MEMBERS = {"shfl": 4, "vote": 2, "match": 2, "redux": 2}  # where the member mask stands
+MEMBERS = {"shfl": 4, "vote": 2, "match": 2, "redux": 2, "elect": 1}  # where the member mask stands
 ENDS = {"bra", "brx", "ret", "exit", "trap", "brkpt"}
 BARRIERS = {"bar", "barrier"}
 POLLS = {"atom", "nanosleep"}
 EXITED = -1
+IDLE_LIMIT = 10_000  # rounds in which everybody polls
 
 
 def is_barrier(instruction: Instruction) -> bool:
@@ -109,6 +125,7 @@ class Program:
         self.resume = np.zeros(machine.lanes, np.int64)
         self.arrivals: dict[int, Array] = {}
         self.brought: dict[int, Array] = {}
+        self.asked: dict[int, Array] = {}
 
     def bind(self, instruction: Instruction) -> Bound:
         machine, word = self.machine, instruction.parts[0]
@@ -146,22 +163,31 @@ class Program:
         self.later: dict[int, Array] = {}  # groups that have polled in vain
         self.arrived.fill(-1)
         self.arrivals.clear()
-        steps = 0
+        steps = self.idle = 0
         with np.errstate(all="ignore"):
             while self.groups or self.later:
                 if not self.groups:
                     self.groups, self.later = self.later, {}
+                    self.idle += 1
                 at = min(self.groups)
                 self.step(at, self.groups.pop(at))
                 steps += 1
-                if steps > step_limit:
-                    where = self.blocks[at]
-                    raise EmulatorError(
-                        f"{machine.kernel.name[:120]}: {step_limit} blocks were run and the kernel has not ended; it is near PTX line "
-                        f"{machine.kernel.code[where.start].line}. A wait for a thread block that is not in this batch never ends: launch with cooperative=True"
-                    )
+                if steps > step_limit or self.idle > IDLE_LIMIT:
+                    raise self.endless(at, steps)
         if self.parked or (self.arrived >= 0).any():
             raise self.stuck()
+
+    def endless(self, at: int, steps: int) -> EmulatorError:
+        """The kernel does not end."""
+        why = (
+            f"{steps} blocks were run and it has not ended"
+            if self.idle <= IDLE_LIMIT
+            else "all threads that are left wait in loops, in vain"
+        )
+        return EmulatorError(
+            f"{self.machine.kernel.name[:120]}: {why}; it is near PTX line {self.machine.kernel.code[self.blocks[at].start].line}. A wait for "
+            "a thread block that is not in this batch never ends: launch with cooperative=True"
+        )
 
     def step(self, at: int, mask: Array) -> None:
         """Run one block for one group."""
@@ -194,6 +220,8 @@ class Program:
         """The lanes whose whole warp, or all named in their member mask, are here."""
         machine, word = self.machine, instruction.parts[0]
         here = presence(machine, np.flatnonzero(mask))
+        if word == "wgmma" and machine.block_lanes % 128 == 0:
+            return np.repeat(here.reshape(-1, 128).all(axis=1), 128)
         if word in ALIGNED:
             return np.repeat(here.all(axis=1), 32)
         if "cluster" in instruction.parts:
@@ -228,7 +256,10 @@ class Program:
                 self.send(block.next, mask & ~taken)
                 taken = taken.copy() if taken is guard else taken
         if word == "bra":
-            self.send(block.target, taken, block.target <= at and self.loop_polls(block.target, at))
+            polled = block.target <= at and self.loop_polls(block.target, at)
+            if taken_count != count or not polled and block.polls:
+                self.idle = 0  # somebody has left a loop
+            self.send(block.target, taken, polled)
         elif word == "brx":
             index = self.machine.source(last.operands[0], "u32")
             for number, target in enumerate(block.targets):
@@ -288,7 +319,7 @@ class Program:
         numbers = np.broadcast_to(number, machine.lanes)
         if "arrive" in parts:
             for each in np.unique(numbers[mask]):
-                self.arrive(int(each), mask & (numbers == each))
+                self.arrive(int(each), mask & (numbers == each), int(needed[mask][0]))
             self.send(block.next, mask)
         else:
             self.arrived[mask] = numbers[mask]
@@ -298,12 +329,14 @@ class Program:
                 self.reducing = instruction
         self.release()
 
-    def arrive(self, number: int, mask: Array) -> None:
+    def arrive(self, number: int, mask: Array, threads: int) -> None:
         """bar.arrive: counted, and what these warps did until now is known to who waits."""
         machine = self.machine
         if number not in self.arrivals:
             self.arrivals[number] = np.zeros(machine.blocks, np.int64)
             self.brought[number] = np.zeros((machine.blocks, 64), np.int32)
+            self.asked[number] = np.zeros(machine.blocks, np.int64)
+        self.asked[number][mask.reshape(machine.blocks, -1).any(axis=1)] = threads
         self.arrivals[number] += mask.reshape(machine.blocks, -1).sum(axis=1)
         rows = np.flatnonzero(mask.reshape(-1, 32).any(axis=1))
         known = machine.shared.arrive(rows)
@@ -319,6 +352,7 @@ class Program:
             here = waiting == number
             counts = here.sum(axis=1) + self.arrivals.get(int(number), 0)
             needed = np.where(here, self.needed.reshape(shape), 0).max(axis=1)
+            self.check_threads(int(number), here, needed, counts)
             done = here.any(axis=1) & (counts >= np.where(needed > 0, needed, alive))
             if not done.any():
                 continue
@@ -336,6 +370,20 @@ class Program:
                 if before is not None and "red" in before.parts:
                     self.reduce(before, group)
                 self.send(int(to), self.every if group.all() else group)
+
+    def check_threads(self, number: int, here: Array, needed: Array, counts: Array) -> None:
+        """All who use a barrier must give the same number of threads, and no more may come."""
+        least = np.where(here, self.needed.reshape(here.shape), 1 << 30).min(axis=1)
+        asked = self.asked[number] if number in self.asked else needed
+        has_come = self.arrivals[number] > 0 if number in self.arrivals else np.zeros(len(needed), bool)
+        wrong = here.any(axis=1) & ((least != needed) | (has_come & (asked != needed)) | ((needed > 0) & (counts > needed)))
+        if wrong.any():
+            block = int(np.argmax(wrong))
+            lane = block * self.machine.block_lanes + int(np.argmax(here[block]))
+            raise EmulatorError(
+                f"{self.machine.kernel.name[:120]}: barrier {number} is used with {int(least[block])}, {int(needed[block])} and "
+                f"{int(asked[block])} threads at once, {int(counts[block])} have come: {self.machine.where(lane)}"
+            )
 
     def reduce(self, instruction: Instruction, group: Array) -> None:
         """The result of bar.red for the lanes of a group."""

@@ -76,6 +76,7 @@ class SharedMemory:
         self.clocks = np.zeros((self.machine.blocks * self.warps, IDS), np.int32)
         self.own = np.arange(len(self.clocks)), np.tile(np.arange(self.warps), self.machine.blocks)
         self.clocks[self.own] = 1
+        self.proxied = np.zeros_like(self.clocks)  # of the writes known to each warp, those before its last fence.proxy.async
         self._retag()
 
     def _retag(self) -> None:
@@ -176,11 +177,11 @@ class SharedMemory:
                 + ("which a cp.async writes that its thread has not waited for" if pending else "which nothing has written"),
             )  # fmt: skip
 
-    def write(self, instruction: Instruction, at: np.ndarray, lanes: Lanes, nbytes: int, state: int = WRITTEN) -> None:
-        """Check and note a write."""
+    def write(self, instruction: Instruction, at: np.ndarray, lanes: Lanes, nbytes: int, state: int = WRITTEN, tag: int = 0) -> None:
+        """Check and note a write; `tag`: instead of the warp's, of a copy that the warp has begun."""
         self.flat_valid[nbytes][at // nbytes] = self.states[nbytes, state]
         if self.check_races:
-            self._note_write(instruction, at, lanes, nbytes, False)
+            self._note_write(instruction, at, lanes, nbytes, False, tag)
 
     def atomic(self, instruction: Instruction, at: np.ndarray, lanes: Lanes, nbytes: int) -> None:
         """An atomic access: a hazard with plain accesses of other warps, none with other atomics."""
@@ -189,15 +190,17 @@ class SharedMemory:
         if self.check_races:
             self._note_write(instruction, at, lanes, nbytes, True)
 
-    def _note_write(self, instruction: Instruction, at: np.ndarray, lanes: Lanes, nbytes: int, atomic: bool) -> None:
+    def _note_write(self, instruction: Instruction, at: np.ndarray, lanes: Lanes, nbytes: int, atomic: bool, tag: int = 0) -> None:
         if self.dirty:
             self._check_writer(instruction, at, lanes, nbytes, "changes" if atomic else "writes", atomic)
         self._check_readers(instruction, at, lanes, nbytes)
         count = nbytes // self.granule
-        tag = self.tag if lanes is None else self.tag[lanes]
+        tags = self.tag if lanes is None else self.tag[lanes]
         if atomic:
-            tag = tag + np.int32(ATOMIC)
-        mine = tag.repeat(count) if count > 1 else tag
+            tags = tags + np.int32(ATOMIC)
+        if tag:
+            tags = np.full(len(at), tag, np.int32)
+        mine = tags.repeat(count) if count > 1 else tags
         items, index = wide_view(self.writer, 4 * count), at // nbytes
         items[index] = wide_view(mine, 4 * count)
         self.dirty = True
@@ -208,6 +211,28 @@ class SharedMemory:
             wrong = int(np.argmax((left != mine).reshape(len(at), -1).any(axis=1)))
             other = int(left.reshape(len(at), -1)[wrong].max())
             self._race(instruction, at, lanes, wrong, "writes", other, "writes in the same instruction")
+
+    def fence(self, rows: np.ndarray) -> None:
+        """fence.proxy.async of these warps: what they know of plain writes, their own too, asynchronous reads may see."""
+        if self.check_races:
+            self.proxied[rows] = self.clocks[rows]
+            self.arrive(rows)
+
+    def check_fenced(self, instruction: Instruction, at: np.ndarray, lanes: np.ndarray, nbytes: int) -> None:
+        """An asynchronous read of plain writes: their warp, or the one that reads, must have fenced since."""
+        if not self.check_races:
+            return
+        count = nbytes // self.granule
+        found = wide_view(self.writer, 4 * count).take(at // nbytes, mode="clip").view(np.int32)
+        writer, clock, row = found % IDS, found // CLOCK, self.row[lanes].repeat(count)
+        of_writer = row // self.warps * self.warps + np.minimum(writer, self.warps - 1)
+        bad = (writer != ASYNC) & (clock > self.proxied[of_writer, writer]) & (clock > self.proxied[row, writer])
+        if bad.any():
+            wrong = int(np.argmax(bad)) // count
+            raise self.machine.error(
+                instruction, int(lanes[wrong]),
+                f"reads shared offset {self.offset(at, wrong)} with no fence.proxy.async after the plain write of warp {int(writer[wrong * count])}",
+            )  # fmt: skip
 
     def _limits_of(self, lanes: Lanes, ids: np.ndarray, count: int) -> np.ndarray:
         row = (self.row if lanes is None else self.row[lanes]) * IDS

@@ -21,7 +21,7 @@ def module(body: str, registers: str = "", variables: str = "") -> str:
     return f"""{HEAD}{variables}
 .visible .entry kernel(.param .u64 x, .param .u64 y) {{
 .reg .b32 %tid, %cta, %n, %i; .reg .b64 %px, %py, %off, %xi, %yi;
-.reg .pred %p<8>; .reg .b16 %h<8>; .reg .b32 %r<40>; .reg .f32 %f<40>; .reg .b64 %d<16>; .reg .f64 %g<4>; {registers}
+.reg .pred %p<8>; .reg .b16 %h<8>; .reg .b32 %r<40>; .reg .f32 %f<80>; .reg .b64 %d<16>; .reg .f64 %g<4>; {registers}
 {START}
 {body}
 ret;

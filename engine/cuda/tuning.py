@@ -1,0 +1,240 @@
+"""How kernels are launched, as a table: which tile, how many warps, how deep a pipeline, for which card and shape.
+
+Nothing is searched for at run time. `bench/tune.py` measures `candidates(..)` on a card and prints rows; a person commits them
+under the date of the measurement. A shape without a row takes the row of its shape class, a card without rows the defaults at
+the end, which are estimates from arithmetic, not measurements, until a dated row replaces them.
+
+Also the sizes of packed 4-bit weights, for the memory plan. Knows no kernel's code; imports neither Numba nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+TILE_ROWS = 16  # output channels of a tile
+CHUNK = 64  # input channels of a chunk
+GROUP_SIZES = (32, 64, 128)
+ROW_BUCKETS = (1, 8, 16, 32, 64)  # rows of activations that one thread block of the product serves
+WIDE = 8192  # output channels from which a shape is of the class "wide"
+MOST_SHARED = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227}  # KiB a thread block may have
+LEAST_SHARED = 99  # KiB, of a card not named above, cc 8.0 or newer
+MIN_STEPS = 2  # a split leaves every thread block at least so many steps
+
+# -- sizes of packed weights ------------------------------------------------------------------------------------------------------
+
+
+def packed_shapes(n: int, k: int, group: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Shapes of `packed` and `pairs` (32-bit elements) of a weight [n, k]; drawn in `engine/cuda/w4_layout.py`."""
+    if group not in GROUP_SIZES:
+        raise ValueError(f"W4 groups of {group} input channels are not supported; use 32, 64 or 128")
+    if n < 1 or k < 1 or k % group:
+        raise ValueError(f"a 4-bit weight of {n} x {k} cannot be cut into groups of {group} input channels")
+    tiles, chunks = -(-n // TILE_ROWS), -(-k // CHUNK)
+    return (tiles, chunks, 32, 4), (tiles, chunks * CHUNK // group, 8, 2)
+
+
+def packed_bytes(n: int, k: int, group: int) -> int:
+    """Bytes on the card of a packed weight of n output and k input channels."""
+    packed, pairs = packed_shapes(n, k, group)
+    return 4 * (packed[0] * packed[1] * 128 + pairs[0] * pairs[1] * 16)
+
+
+# -- the 4-bit product ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class W4Launch:
+    """One way to launch `engine/cuda/w4_matmul.py`; the work split is drawn there.
+
+    rows: activations a thread block serves (more rows, more thread blocks); tiles: 16-row weight tiles of a warp; warps_n x
+    warps_k: warps side by side over output channels, and over input channels; stages: of the copy pipeline, one of them
+    computed; waves: thread blocks for each multiprocessor among which all work is cut evenly, 0: one for each block of output
+    channels, nothing to add up between thread blocks.
+    """
+
+    rows: int
+    tiles: int
+    warps_n: int
+    warps_k: int
+    stages: int
+    waves: int = 1
+
+    @property
+    def constants(self) -> tuple[int, int, int, int, int]:
+        """What the kernel is compiled for."""
+        return (self.rows, self.tiles, self.warps_n, self.warps_k, self.stages)
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_n * self.warps_k
+
+    @property
+    def block_n(self) -> int:
+        """Output channels of a thread block."""
+        return TILE_ROWS * self.tiles * self.warps_n
+
+    def shared_bytes(self, group: int) -> int:
+        return W4Shared.of(self, group).total
+
+
+@dataclass(frozen=True, slots=True)
+class W4Shared:
+    """Byte offsets in a thread block's shared memory: a ring of stages (weights | pairs | x), sums of x, results to add up, a flag."""
+
+    pairs_at: int
+    x_at: int
+    x_pitch: int  # bytes of a row of x; 64 more than its data, so that a quarter of a warp reads all 32 banks once
+    stage: int
+    sums_at: int
+    sums: int  # bytes of one of two buffers
+    results_at: int
+    flag_at: int
+    total: int
+
+    @classmethod
+    def of(cls, launch: W4Launch, group: int) -> W4Shared:
+        chunks = 2 if group == 128 else 1  # of a warp's unit of work
+        warps, columns = launch.warps_n * launch.warps_k, -(-launch.rows // 8) * 8
+        pairs_at = warps * launch.tiles * chunks * 512
+        x_at = pairs_at + warps * launch.tiles * (chunks * CHUNK // group) * 64
+        x_pitch = launch.warps_k * chunks * CHUNK * 2 + 64
+        stage = x_at + launch.rows * x_pitch
+        sums = launch.warps_k * sum_spans(launch.rows, group) * columns * 4
+        results_at = launch.stages * stage + 2 * sums
+        results = launch.warps_k * launch.rows * (launch.block_n + 4) * 4 if launch.warps_k > 1 else 0
+        flag_at = results_at + results
+        return cls(pairs_at, x_at, x_pitch, stage, launch.stages * stage, sums, results_at, flag_at, flag_at + 16)
+
+
+def steps_of_span(rows: int, group: int) -> int:
+    """mma steps (of 16 input channels) whose result is scaled at once: a group, but half of 128 where registers are short."""
+    return min(group // 16, 8 if rows <= 16 else 4)
+
+
+def sum_spans(rows: int, group: int) -> int:
+    """Spans of a warp's unit of work."""
+    return (8 if group == 128 else 4) // steps_of_span(rows, group)
+
+
+@dataclass(frozen=True, slots=True)
+class W4Grid:
+    """Thread blocks of one product, and the scratch they need."""
+
+    blocks: int
+    row_blocks: int  # of M
+    partial_floats: int
+    counters: int
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return (self.blocks, self.row_blocks, 1)
+
+
+def w4_grid(launch: W4Launch, m: int, n: int, k: int, group: int, multiprocessors: int) -> W4Grid:
+    """How a product of m rows is cut. ValueError where its work cannot be counted in 31 bits."""
+    row_blocks, column_blocks = -(-m // launch.rows), -(-n // launch.block_n)
+    steps = -(-k // (launch.warps_k * (128 if group == 128 else CHUNK)))
+    total = column_blocks * steps
+    room = max(1, launch.waves * multiprocessors // row_blocks)
+    blocks = column_blocks if launch.waves == 0 else min(max(total // MIN_STEPS, column_blocks), room)
+    if total * (blocks + 1) >= 2**31:
+        raise ValueError(f"a product of {n} x {k} has {total} steps for {blocks} thread blocks: more than 31 bits can count")
+    whole = blocks == column_blocks
+    partial = 0 if whole else 2 * blocks * row_blocks * launch.rows * launch.block_n
+    return W4Grid(blocks, row_blocks, partial, 0 if whole else column_blocks * row_blocks)
+
+
+def row_bucket(m: int) -> int:
+    """The smallest bucket that holds m rows, or the largest bucket."""
+    return next((rows for rows in ROW_BUCKETS if m <= rows), ROW_BUCKETS[-1])
+
+
+def shape_class(m: int, n: int) -> str:
+    """The class whose row a shape without a row of its own takes."""
+    return f"{row_bucket(m)} rows, {'wide' if n >= WIDE else 'narrow'}"
+
+
+# Key: (kernel, compute capability, "rows n k" of one shape or a shape class). Newest first; a date and the card at each row.
+TUNED: dict[tuple[str, tuple[int, int], str], W4Launch] = {
+    # no row has been measured yet
+}
+
+# Estimates, not measured: a pipeline of about 50 to 100 KB a multiprocessor (bandwidth x latency is 25), two thread blocks
+# a multiprocessor where they fit, and activations read again at most as often as the weights once.
+LARGE_SHARED: dict[str, W4Launch] = {
+    "1 rows, narrow": W4Launch(1, 2, 1, 8, 3, 0),
+    "1 rows, wide": W4Launch(1, 2, 1, 8, 3, 3),
+    "8 rows, narrow": W4Launch(8, 2, 1, 8, 3, 0),
+    "8 rows, wide": W4Launch(8, 2, 1, 8, 3, 2),
+    "16 rows, narrow": W4Launch(16, 2, 4, 2, 4, 1),
+    "16 rows, wide": W4Launch(16, 2, 4, 2, 4, 2),
+    "32 rows, narrow": W4Launch(32, 2, 8, 1, 4, 1),
+    "32 rows, wide": W4Launch(32, 2, 8, 1, 4, 1),
+    "64 rows, narrow": W4Launch(64, 2, 8, 1, 4, 1),
+    "64 rows, wide": W4Launch(64, 2, 8, 1, 4, 1),
+}
+SMALL_SHARED: dict[str, W4Launch] = {
+    **LARGE_SHARED,
+    "1 rows, wide": W4Launch(1, 2, 1, 8, 3, 1),
+    "8 rows, narrow": W4Launch(8, 2, 2, 4, 3, 1),
+    "8 rows, wide": W4Launch(8, 2, 2, 4, 3, 1),
+    "16 rows, narrow": W4Launch(16, 2, 4, 2, 3, 1),
+    "16 rows, wide": W4Launch(16, 2, 4, 2, 3, 1),
+    "32 rows, narrow": W4Launch(32, 2, 4, 1, 3, 1),
+    "32 rows, wide": W4Launch(32, 2, 4, 1, 3, 1),
+    "64 rows, narrow": W4Launch(64, 2, 4, 1, 3, 1),
+    "64 rows, wide": W4Launch(64, 2, 4, 1, 3, 1),
+}
+
+
+def most_shared(cc: tuple[int, int]) -> int:
+    """Bytes of shared memory that one thread block may have."""
+    return 1024 * MOST_SHARED.get(cc, LEAST_SHARED)
+
+
+def defaults(cc: tuple[int, int]) -> dict[str, W4Launch]:
+    return LARGE_SHARED if most_shared(cc) >= 160 * 1024 else SMALL_SHARED
+
+
+def w4_launch(cc: tuple[int, int], m: int, n: int, k: int) -> W4Launch:
+    """The row for m rows of activations and a weight [n, k]: of the shape, of its class, or the default of the class."""
+    kind = shape_class(m, n)
+    for key in (f"{row_bucket(m)} {n} {k}", kind):
+        if ("w4_matmul", cc, key) in TUNED:
+            return TUNED["w4_matmul", cc, key]
+    return defaults(cc)[kind]
+
+
+# From how many rows a dense 16-bit product is the faster one: (with a 16-bit copy that stays, through a scratch copy).
+# The first from kernels.md's cuBLAS figures against the goals of this kernel, the second counts 4.5 bytes moved a weight: estimates.
+DENSE_FROM: dict[tuple[int, int], tuple[int, int]] = {(9, 0): (96, 384)}
+DENSE_FROM_DEFAULT = (96, 384)
+
+
+def dense_from(cc: tuple[int, int], resident: bool) -> int:
+    """Rows from which the backend should use the dense product."""
+    return DENSE_FROM.get(cc, DENSE_FROM_DEFAULT)[0 if resident else 1]
+
+
+@cache
+def _space(rows: int) -> tuple[W4Launch, ...]:
+    tiles = (1, 2) if rows >= 32 else (1, 2, 3, 4)
+    splits = [(n, k) for n in (1, 2, 4, 8) for k in (1, 2, 4, 8, 16) if n * k in (4, 8, 16) and (rows <= 16 or k <= 2)]
+    return tuple(
+        W4Launch(rows, t, n, k, stages, waves) for t in tiles for n, k in splits for stages in (3, 4, 6) for waves in (0, 1, 2, 3, 4)
+    )
+
+
+def candidates(cc: tuple[int, int], m: int, n: int, k: int, group: int) -> Iterator[W4Launch]:
+    """What is worth measuring for a shape: launches that fit the card's shared memory and registers and leave no warp idle."""
+    for launch in _space(row_bucket(m)):
+        fragments = launch.tiles * -(-launch.rows // 8)  # 4 registers each
+        resident = max(1, launch.waves)
+        idle = launch.warps_k * 2 * CHUNK > k or launch.block_n > n
+        registers = 64 + 4 * fragments * (2 if launch.rows <= 16 else 1) + 16 * launch.tiles
+        if idle or launch.threads * registers * resident > 65536 or registers > 240:
+            continue
+        if launch.shared_bytes(group) <= most_shared(cc) and resident * launch.shared_bytes(group) <= most_shared(cc) + 1024:
+            yield launch

@@ -1,0 +1,477 @@
+"""out = x @ dequantize(w).T + bias for a 4-bit weight (engine.w4.dequantize, engine.reference.linear): weights stream, x waits.
+
+One kernel for every number of rows M; how it is cut is a `W4Launch` of `engine/cuda/tuning.py`. Weights are read as drawn in
+`engine/cuda/w4_layout.py`; x [M, K] and out [M, N] lie in rows, bias is float32 [N].
+
+Numbers: with magic numbers a weight fragment costs a shift and an and-or a register and is exact, so a span of input channels
+with one scale is summed by mma in float32 as P = sum (q + offset) x, and  out += scale * P + (bias - offset * scale) * sum x.
+Weights are never rounded to 16 bits. The sums of x are made by mma too (a fragment of ones), once for all warps.
+
+    fragments of an mma.m16n8k16 (lane = 4 g + t)
+      A (weights)      16 output channels x 16 input channels: one word of the 128-bit load of a chunk
+      B (x)            16 input channels x 8 rows of x: row g, eight channels 32 c + 8 t .. + 7 are one 128-bit load, two steps
+      C                output channels g, g + 8 of rows 2 t, 2 t + 1
+
+Work split:
+
+                        K  ->  steps of warps_k units (a unit: 64 input channels, 128 for groups of 128)
+        +---------------------------+---------------------------+--
+      N | wn 0: wk 0 | wk 1 | ..    |                           |        a thread block computes block_n = 16 tiles warps_n
+        | wn 1: wk 0 | wk 1 | ..    |  next step                |        output channels of up to `rows` rows of x
+        +---------------------------+---------------------------+--
+        |     next block of output channels                            all steps of all blocks are numbered in this order
+        v                                                              and cut evenly: thread block i has steps i T / G ..
+
+    A thread block's steps flow through a ring of `stages` in shared memory, filled by cp.async, also across blocks of output
+    channels: the stream of weights never pauses. One barrier a step:
+
+        step i:   wait for copy i + 1 | barrier | copy i + stages - 1 | sums of x of step i + 1 | products of step i
+
+    At the end of its steps of a block of output channels the warps along K add up in shared memory. A block of output
+    channels that is cut between thread blocks is written to `partial`, and who arrives last (a counter, set back to 0) adds
+    up in the order of K: results do not depend on timing. Nobody waits for anybody.
+
+Versions tried: none measured on a card yet. In the emulator: relative error against float64 4e-8 .. 1e-7 (float32 out).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.cuda import ptx
+from engine.cuda.launch import Kernel, Library, Variant
+from engine.cuda.target import cuda, pointer, types
+from engine.cuda.tuning import ROW_BUCKETS, W4Grid, W4Launch, W4Shared, row_bucket, steps_of_span, sum_spans, w4_grid, w4_launch
+from engine.cuda.w4_layout import FORMS, W4Device
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
+HALVES, WORDS, FLOATS = pointer(types.uint16), pointer(u32), pointer(f32)
+
+
+# -- kernel -----------------------------------------------------------------------------------------------------------------------
+
+
+def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tiles: int, warps_n: int, warps_k: int, stages: int) -> Kernel:
+    """(x, packed, pairs, bias or null, out, partial, counters, m, n, k, elements between rows of x, of out)."""
+    launch = W4Launch(rows, tiles, warps_n, warps_k, stages)
+    shared_map = W4Shared.of(launch, group)
+    warps, threads, block_n = warps_n * warps_k, launch.threads, launch.block_n
+    columns = (rows + 7) // 8  # fragments of 8 rows of x
+    chunks_of_unit = 2 if group == 128 else 1
+    unit = 64 * chunks_of_unit
+    groups_of_unit = unit // group
+    step_k = warps_k * unit
+    pieces = step_k // 8  # 16-byte pieces of a row of x in a stage
+    span, spans = steps_of_span(rows, group), sum_spans(rows, group)
+    length = min(span, 4)  # mma steps of a span within a chunk
+    spans_of_chunk = 4 // length
+    weights_of_warp, pairs_of_warp = tiles * chunks_of_unit * 512, tiles * groups_of_unit * 64
+    pairs_at, x_at, x_pitch, stage = shared_map.pairs_at, shared_map.x_at, shared_map.x_pitch, shared_map.stage
+    ring, sums = stages * stage, shared_map.sums
+    results_at, flag_at, pitch = shared_map.results_at, shared_map.flag_at, block_n + 4
+    copy_lanes = tiles * groups_of_unit * 4
+    sum_items = warps_k * columns
+    sum_rounds = -(-sum_items // warps)
+    fragments = tiles * columns
+    results, scales, weight_registers = fragments * 4, tiles * groups_of_unit * 4, tiles * 16
+    ragged, few, whole_columns = group == 32, rows <= 8, rows >= 8
+    bf16, zero_form, wide_out, direct = dtype == "bfloat16", form == "zero", out_dtype == "float32", warps_k == 1
+    if copy_lanes > 32 or stages < 3 or stages > 10:
+        raise ValueError(f"{launch} cannot be compiled: at most 8 groups a warp and step, 3 to 10 stages")
+
+    zero = f32(0.0)
+    offset = f32(16.0 if bf16 else 0.0)
+    factor_low, factor_high = f32(1.0 if bf16 else 2.0**24), f32(1.0 if bf16 else 2.0**20)
+    ones = u32(0x3F803F80 if bf16 else 0x3C003C00)
+    mma, half, low, high = ptx.MMA[dtype], ptx.HALF["float16" if wide_out else out_dtype], ptx.low_f16, ptx.high_f16
+    wait = ptx.COPY_WAIT[stages - 3]
+
+    def unpack_tile(j, a, at):  # type: ignore[no-untyped-def]
+        """A chunk of tile j to the 16 registers of its four A fragments."""
+        v = ptx.load_shared_128(u32(at + u32(i32(j * (chunks_of_unit * 512)))))
+        for i in range(4):
+            w = v[i]
+            f = i32(j * 16 + i * 4)
+            if bf16:
+                a[f] = ptx.and_or(w, u32(0x00780078), u32(0x41804180))
+                a[f + 1] = ptx.and_or(u32(w >> u32(4)), u32(0x00780078), u32(0x41804180))
+                a[f + 2] = ptx.and_or(u32(w >> u32(8)), u32(0x00780078), u32(0x41804180))
+                a[f + 3] = ptx.and_or(ptx.rotate_right(w, u32(12)), u32(0x00780078), u32(0x41804180))
+            else:
+                a[f] = u32(w & u32(0x000F000F))
+                a[f + 1] = u32(w & u32(0x00F000F0))
+                a[f + 2] = u32(u32(w >> u32(8)) & u32(0x000F000F))
+                a[f + 3] = u32(u32(w >> u32(8)) & u32(0x00F000F0))
+
+    def multiply_fragment(index, acc, part, a, b, scale, x_from, sums_from, begins, ends):  # type: ignore[no-untyped-def]
+        """Four steps of one tile and eight rows of x; a span that `ends` is scaled into acc."""
+        column, j = i32(index // tiles), i32(index % tiles)
+        o = i32((j * columns + column) * 4)
+        p = o if span == 8 else i32(0)
+        if j == 0:
+            v = ptx.load_shared_128(u32(x_from + u32(i32(column * (8 * x_pitch)))))
+            b[0], b[1], b[2], b[3] = v[0], v[1], v[2], v[3]
+            v = ptx.load_shared_128(u32(x_from + u32(i32(column * (8 * x_pitch) + 64))))
+            b[4], b[5], b[6], b[7] = v[0], v[1], v[2], v[3]
+        for s in range(spans_of_chunk):
+            if begins:
+                part[p], part[p + 1], part[p + 2], part[p + 3] = zero, zero, zero, zero
+            for i in range(length):
+                f, h = j * 16 + (s * length + i) * 4, (s * length + i) * 2
+                d = mma(a[f], a[f + 1], a[f + 2], a[f + 3], b[h], b[h + 1], part[p], part[p + 1], part[p + 2], part[p + 3])
+                part[p], part[p + 1], part[p + 2], part[p + 3] = d[0], d[1], d[2], d[3]
+            if ends:
+                u = ptx.load_shared_64(u32(sums_from + u32(i32((s * columns + column) * 32))))
+                x0, x1 = ptx.float_of_bits(u[0]), ptx.float_of_bits(u[1])
+                q = (j * groups_of_unit + s * groups_of_unit // spans_of_chunk) * 4
+                acc[o] = ptx.fma(scale[q + 1], x0, ptx.fma(scale[q], part[p], acc[o]))
+                acc[o + 1] = ptx.fma(scale[q + 1], x1, ptx.fma(scale[q], part[p + 1], acc[o + 1]))
+                acc[o + 2] = ptx.fma(scale[q + 3], x0, ptx.fma(scale[q + 2], part[p + 2], acc[o + 2]))
+                acc[o + 3] = ptx.fma(scale[q + 3], x1, ptx.fma(scale[q + 2], part[p + 3], acc[o + 3]))
+
+    @cuda.jit(device=True, inline="always")
+    def load_scales(scale, at):  # type: ignore[no-untyped-def]
+        """For each tile and group: factor and constant of row g, of row g + 8."""
+        for i in range(tiles * groups_of_unit):
+            v = ptx.load_shared_64(u32(at + u32(i * 64)))
+            s0, s1, z0, z1 = low(v[0]), low(v[1]), high(v[0]), high(v[1])
+            if zero_form:
+                scale[i * 4 + 1], scale[i * 4 + 3] = f32(-s0 * f32(offset + z0)), f32(-s1 * f32(offset + z1))
+            else:
+                scale[i * 4 + 1], scale[i * 4 + 3] = ptx.fma(-offset, s0, z0), ptx.fma(-offset, s1, z1)
+            scale[i * 4], scale[i * 4 + 2] = f32(s0 * factor_low), f32(s1 * factor_high)
+
+    @cuda.jit(device=True, inline="always")
+    def sum_x(x_from, to, stores):  # type: ignore[no-untyped-def]
+        """Sums over each span of a unit, of eight rows of x: every row of the product with ones."""
+        for s in range(spans):
+            d0, d1, d2, d3 = zero, zero, zero, zero
+            for h in range(span // 2):
+                v = ptx.load_shared_128(u32(x_from + u32((s * span // 2 + h) * 64)))
+                d0, d1, d2, d3 = mma(ones, ones, ones, ones, v[0], v[1], d0, d1, d2, d3)
+                d0, d1, d2, d3 = mma(ones, ones, ones, ones, v[2], v[3], d0, d1, d2, d3)
+            if stores:
+                ptx.store_shared_64(u32(to + u32(s * columns * 32)), ptx.bits_of_float(d0), ptx.bits_of_float(d1))
+
+    @cuda.jit(device=True, inline="always")
+    def write(value, bias, out, place, column):  # type: ignore[no-untyped-def]
+        if ptx.address(bias) != u64(0):
+            value = f32(value + bias[column])
+        if wide_out:
+            out[place] = value
+        else:
+            out[place] = half(value)
+
+    def write_fragment(index, acc, bias, out, partial, partial_at, whole, out_row, live, first_column, n, out_stride, g, t):  # type: ignore[no-untyped-def]
+        """A C fragment of a warp that has all of K: to out, or to partial."""
+        column, j = i32(index // tiles), i32(index % tiles)
+        for e in range(4):
+            m, r = i32(column * 8 + t * 2 + e % 2), i32(j * 16 + g + e // 2 * 8)
+            if m < live:
+                if not whole:
+                    partial[u64(partial_at + u64(i32(m * block_n + r)))] = acc[(j * columns + column) * 4 + e]
+                elif i32(first_column + r) < n:
+                    value = acc[(j * columns + column) * 4 + e]
+                    place = u64(out_row + u64(m) * u64(out_stride) + u64(i32(first_column + r)))
+                    write(value, bias, out, place, i32(first_column + r))
+            acc[(j * columns + column) * 4 + e] = zero
+
+    def put_fragment(index, acc, at, g, t):  # type: ignore[no-untyped-def]
+        """A C fragment to shared memory, [row of x][output channel]: no two lanes of a store in one bank."""
+        column, j = i32(index // tiles), i32(index % tiles)
+        for e in range(4):
+            m = i32(t * 2 + column * 8 + e % 2)
+            if whole_columns or m < rows:
+                to = u32(at + u32(i32(m * pitch + j * 16 + g + e // 2 * 8)) * u32(4))
+                ptx.store_shared_f32(to, acc[(j * columns + column) * 4 + e])
+            acc[(j * columns + column) * 4 + e] = zero
+
+    unpack, multiply = ptx.unrolled(tiles, unpack_tile), ptx.unrolled(fragments, multiply_fragment)
+    write_all, put_all = ptx.unrolled(fragments, write_fragment), ptx.unrolled(fragments, put_fragment)
+
+    def kernel(x, packed, pairs, bias, out, partial, counters, m_rows, n, k, x_stride, out_stride):  # type: ignore[no-untyped-def]
+        thread = i32(cuda.threadIdx.x)
+        lane, warp = i32(thread & 31), i32(thread >> 5)
+        wn, wk = i32(warp // warps_k), i32(warp % warps_k)
+        g, t = i32(lane >> 2), i32(lane & 3)
+        shared = ptx.to_shared(ptx.generic_address(cuda.shared.array(0, u32)))
+
+        # the cut: thread block i has steps i T / G .. (i + 1) T / G - 1 of all T
+        chunks = i32((k + 63) >> 6)
+        steps = i32((chunks + (warps_k * chunks_of_unit - 1)) // (warps_k * chunks_of_unit))
+        last_tile = i32(((n + 15) >> 4) - 1)
+        blocks, block = i32(cuda.gridDim.x), i32(cuda.blockIdx.x)
+        total = i32(i32((n + (block_n - 1)) // block_n) * steps)
+        first = i32(i32(block * total) // blocks)
+        count = i32(i32(i32(i32(block + 1) * total) // blocks) - first)
+        row_blocks, row_block = i32(cuda.gridDim.y), i32(cuda.blockIdx.y)
+        first_row = i32(row_block * rows)
+        live = i32(min(i32(m_rows - first_row), i32(rows)))
+
+        x_base = u64(ptx.address(x) + u64(first_row) * u64(x_stride) * u64(2))
+        w_base = u64(ptx.address(packed) + u64(i32(lane * 16)))
+        s_base = ptx.address(pairs)
+        out_row = u64(u64(first_row) * u64(out_stride))
+        x_lane = g
+        if few:
+            x_lane = i32(min(g, i32(live - 1)))  # rows that are not there: the last one again
+        else:  # rows that are not there: zeros, once
+            for s in range(stages):
+                piece = i32(live * pieces + thread)
+                while piece < rows * pieces:
+                    to = u32(shared + u32(s * stage + x_at) + u32(i32(i32(piece // pieces) * x_pitch + i32(piece % pieces) * 16)))
+                    ptx.store_shared_128(to, u32(0), u32(0), u32(0), u32(0))
+                    piece = i32(piece + threads)
+
+        acc = cuda.local.array(results, f32)
+        for i in range(results):
+            acc[i] = zero
+        part = cuda.local.array(results, f32)
+        scale = cuda.local.array(scales, f32)
+        a = cuda.local.array(weight_registers, u32)
+        b = cuda.local.array(8, u32)
+        w_at = cuda.local.array(tiles, u32)  # byte offsets of what is copied next
+
+        # three places in the order of steps: what is copied, whose x is summed, what is multiplied
+        nb = i32(first // steps)
+        ks = i32(first % steps)
+        nb_copy, ks_copy, ks_sum = nb, ks, ks
+        for j in range(tiles):
+            tile = i32(min(i32((nb * warps_n + wn) * tiles + j), last_tile))
+            w_at[j] = u32(u32(i32(tile * chunks + (ks * warps_k + wk) * chunks_of_unit)) * u32(512))
+        tile = i32(min(i32((nb * warps_n + wn) * tiles + i32(lane // (4 * groups_of_unit))), last_tile))
+        groups = i32(chunks // chunks_of_unit * groups_of_unit)
+        s_at = u32(u32(i32(tile * groups + (ks * warps_k + wk) * groups_of_unit)) * u32(64) + u32(i32((lane % (4 * groups_of_unit)) * 16)))
+        here = u32(stage)  # ring offset of step `it`
+        it = i32(1 - stages)
+        while it < count:
+            wait()  # copy it + 1 is there; the barrier makes it everybody's, and tells that step it - 1 is done
+            cuda.syncthreads()
+
+            slot = u32(here - u32(stage)) if here >= u32(stage) else u32(ring - stage)
+            if i32(it + (stages - 1)) < count:
+                base = u32(shared + slot)
+                if i32((ks_copy * warps_k + wk) * chunks_of_unit) < chunks:
+                    to = u32(base + u32(i32(warp * weights_of_warp + lane * 16)))
+                    for j in range(tiles):
+                        for c in range(chunks_of_unit):
+                            ptx.copy_async_16(u32(to + u32((j * chunks_of_unit + c) * 512)), u64(w_base + u64(w_at[j]) + u64(c * 512)))
+                    if lane < copy_lanes:
+                        ptx.copy_async_16(u32(base + u32(pairs_at) + u32(i32(warp * pairs_of_warp + lane * 16))), u64(s_base + u64(s_at)))
+                piece = thread
+                while piece < i32(live * pieces):
+                    row, column = i32(piece // pieces), i32(piece % pieces)
+                    at = i32(ks_copy * step_k + column * 8)
+                    to = u32(base + u32(x_at) + u32(i32(row * x_pitch + column * 16)))
+                    if at < i32(chunks * 64):
+                        if ragged:  # K may end within a chunk
+                            there = i32(at) if at < k else i32(0)
+                            source = u64(x_base + (u64(row) * u64(x_stride) + u64(there)) * u64(2))
+                            ptx.copy_async_16_or_zero(to, source, u32(16) if at < k else u32(0))
+                        else:
+                            ptx.copy_async_16(to, u64(x_base + (u64(row) * u64(x_stride) + u64(at)) * u64(2)))
+                    piece = i32(piece + threads)
+                ks_copy = i32(ks_copy + 1)
+                if ks_copy == steps:
+                    ks_copy, nb_copy = i32(0), i32(nb_copy + 1)
+                    for j in range(tiles):
+                        tile = i32(min(i32((nb_copy * warps_n + wn) * tiles + j), last_tile))
+                        w_at[j] = u32(u32(i32(tile * chunks + wk * chunks_of_unit)) * u32(512))
+                    tile = i32(min(i32((nb_copy * warps_n + wn) * tiles + i32(lane // (4 * groups_of_unit))), last_tile))
+                    s_at = u32(u32(i32(tile * groups + wk * groups_of_unit)) * u32(64) + u32(i32((lane % (4 * groups_of_unit)) * 16)))
+                else:
+                    for j in range(tiles):
+                        w_at[j] = u32(w_at[j] + u32(warps_k * chunks_of_unit * 512))
+                    s_at = u32(s_at + u32(warps_k * groups_of_unit * 64))
+            ptx.copy_commit()
+
+            slot = u32(here + u32(stage)) if here < u32(ring - stage) else u32(0)
+            if it >= -1:
+                if i32(it + 1) < count:
+                    to = u32(shared + u32(ring) + u32(i32(((it + 1) & 1) * sums + t * 8)))
+                    for r in range(sum_rounds):
+                        item = i32(warp + r * warps)
+                        of, column = i32(item // columns), i32(item % columns)
+                        if item < sum_items and i32((ks_sum * warps_k + of) * chunks_of_unit) < chunks:
+                            x_from = u32(shared + slot + u32(x_at) + u32(i32((column * 8 + x_lane) * x_pitch + of * (unit * 2) + t * 16)))
+                            sum_x(x_from, u32(to + u32(i32((of * (spans * columns) + column) * 32))), g == 0)
+                ks_sum = i32(ks_sum + 1)
+                if ks_sum == steps:
+                    ks_sum = i32(0)
+
+            if it >= 0:
+                if i32((ks * warps_k + wk) * chunks_of_unit) < chunks:
+                    base = u32(shared + here)
+                    w_from = u32(base + u32(i32(warp * weights_of_warp + lane * 16)))
+                    x_from = u32(base + u32(x_at) + u32(i32(x_lane * x_pitch + wk * (unit * 2) + t * 16)))
+                    sums_from = u32(shared + u32(ring) + u32(i32((it & 1) * sums + wk * (spans * columns * 32) + t * 8)))
+                    load_scales(scale, u32(base + u32(pairs_at) + u32(i32(warp * pairs_of_warp + g * 8))))
+                    for c in range(chunks_of_unit):
+                        unpack(a, w_from)
+                        multiply(
+                            acc, part, a, b, scale, x_from, sums_from, c == 0 or span < 8, c == chunks_of_unit - 1 or span < 8
+                        )  # fmt: skip
+                        w_from = u32(w_from + u32(512))
+                        x_from = u32(x_from + u32(128))
+                        if span < 8:
+                            sums_from = u32(sums_from + u32(spans_of_chunk * columns * 32))
+                ks = i32(ks + 1)
+                if ks == steps or it == i32(count - 1):
+                    start = i32(nb * steps)
+                    begin = i32(i32(i32(start + 1) * blocks - 1) // total)  # first and last thread block of these channels
+                    end = i32(i32(i32(start + steps) * blocks - 1) // total)
+                    own = i32(i32(i32(block * 2 + (0 if first >= start else 1)) * row_blocks + row_block) * rows)
+                    if direct:
+                        column = i32(nb * block_n + wn * (tiles * 16))
+                        place = u64(u64(own) * u64(block_n) + u64(i32(wn * (tiles * 16))))
+                        write_all(acc, bias, out, partial, place, begin == end, out_row, live, column, n, out_stride, g, t)
+                    else:
+                        results_from = u32(shared + u32(results_at))
+                        put_all(acc, u32(results_from + u32(i32(wk * (rows * pitch) + wn * (tiles * 16))) * u32(4)), g, t)
+                        cuda.syncthreads()
+                        m = warp
+                        while m < live:
+                            r = lane
+                            while r < block_n:
+                                value = zero
+                                for w in range(warps_k):
+                                    value = f32(
+                                        value + ptx.load_shared_f32(u32(results_from + u32(i32((w * rows + m) * pitch + r)) * u32(4)))
+                                    )
+                                column = i32(nb * block_n + r)
+                                if begin != end:
+                                    partial[u64(u64(i32(own + m)) * u64(block_n) + u64(r))] = value
+                                elif column < n:
+                                    write(value, bias, out, u64(out_row + u64(m) * u64(out_stride) + u64(column)), column)
+                                r = i32(r + 32)
+                            m = i32(m + warps)
+                    if begin != end:
+                        ptx.fence_device()
+                        cuda.syncthreads()
+                        counter = u64(ptx.address(counters) + u64(i32(nb * row_blocks + row_block)) * u64(4))
+                        if thread == 0:
+                            ptx.store_shared_32(u32(shared + u32(flag_at)), ptx.add_counter(counter, u32(1)))
+                        cuda.syncthreads()
+                        if i32(ptx.load_shared_32(u32(shared + u32(flag_at)))) == i32(end - begin):
+                            ptx.fence_device()
+                            if thread == 0:
+                                ptx.store_32(counter, u32(0))
+                            m = warp
+                            while m < live:
+                                r = lane
+                                while r < block_n:
+                                    column = i32(nb * block_n + r)
+                                    if column < n:
+                                        value = zero
+                                        who = begin
+                                        while who <= end:
+                                            from_ = i32(who * 2 + (0 if i32(i32(who * total) // blocks) >= start else 1))
+                                            from_ = i32(i32(from_ * row_blocks + row_block) * rows + m)
+                                            at64 = u64(u64(from_) * u64(block_n) + u64(r))
+                                            value = f32(value + ptx.float_of_bits(ptx.load_32(u64(ptx.address(partial) + at64 * u64(4)))))
+                                            who = i32(who + 1)
+                                        write(value, bias, out, u64(out_row + u64(m) * u64(out_stride) + u64(column)), column)
+                                    r = i32(r + 32)
+                                m = i32(m + warps)
+                if ks == steps:
+                    ks, nb = i32(0), i32(nb + 1)
+            here = u32(here + u32(stage)) if here < u32(ring - stage) else u32(0)
+            it = i32(it + 1)
+
+    arguments = (HALVES, WORDS, WORDS, FLOATS, FLOATS if wide_out else HALVES, FLOATS, WORDS, i32, i32, i32, i32, i32)
+    return Kernel(kernel, arguments, threads, shared_map.total)
+
+
+# -- launcher ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class W4Scratch:
+    """What products that are cut between thread blocks write in passing; one serves all products of a stream.
+
+    partial float32 [at least `W4Matmul.scratch_floats`], counters int32 [at least `scratch_counters`], zero before the first launch
+    and after each.
+    """
+
+    partial: torch.Tensor
+    counters: torch.Tensor
+
+    @classmethod
+    def zeros(cls, floats: int, counters: int, device: torch.device | str) -> W4Scratch:
+        return cls(
+            torch.zeros(max(1, floats), dtype=torch.float32, device=device), torch.zeros(max(1, counters), dtype=torch.int32, device=device)
+        )
+
+
+class W4Matmul:
+    """out = x @ w.T + bias (engine.reference.linear). x [M, k] in `dtype`, out [M, n] in `out_dtype`, bias float32 [n]; 1 <= M <= max_m.
+
+    How it is launched comes from the tuning table, by M; `launch` is used for every M instead where it is given.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        n: int,
+        k: int,
+        group: int,
+        form: str,
+        dtype: str,
+        *,
+        cc: tuple[int, int],
+        multiprocessors: int,
+        max_m: int,
+        out_dtype: str = "",
+        launch: W4Launch | None = None,
+    ) -> None:
+        if form not in FORMS or dtype not in ("bfloat16", "float16"):
+            raise ValueError(f"a 4-bit product computes in bfloat16 or float16 with pairs of the form zero or bias, not {dtype}, {form}")
+        self.n, self.k, self.group, self.form, self.dtype, self.max_m = n, k, group, form, dtype, max_m
+        self.out_dtype = out_dtype or dtype
+        self._library, self._multiprocessors = library, multiprocessors
+        buckets = [rows for rows in ROW_BUCKETS if rows <= row_bucket(max_m)]
+        self._launches = {rows: launch or w4_launch(cc, rows, n, k) for rows in buckets}
+        self._variants = {rows: self._variant(chosen) for rows, chosen in self._launches.items()}
+        self.variants = tuple(dict.fromkeys(self._variants.values()))
+        grids = [self._grid(m) for m in {*buckets, *range(ROW_BUCKETS[-1], max_m, ROW_BUCKETS[-1]), max_m}]
+        self.scratch_floats = max(grid.partial_floats for grid in grids)
+        self.scratch_counters = max(grid.counters for grid in grids)
+        self._ready: dict[int, tuple[Any, tuple[int, int, int]]] = {}
+
+    def _variant(self, launch: W4Launch) -> Variant:
+        return Variant(__name__, "w4_matmul", (self.group, self.form, self.dtype, self.out_dtype, *launch.constants))
+
+    def _grid(self, m: int) -> W4Grid:
+        return w4_grid(self._launches[row_bucket(m)], m, self.n, self.k, self.group, self._multiprocessors)
+
+    def __call__(self, x: torch.Tensor, weight: W4Device, out: torch.Tensor, scratch: W4Scratch, bias: torch.Tensor | None = None) -> None:
+        m = x.shape[0]
+        if m not in self._ready:
+            self._ready[m] = self._prepare(m)
+        launcher, grid = self._ready[m]
+        self._check(x, weight, out, scratch, bias)
+        launcher(
+            grid, x, weight.packed, weight.pairs, bias, out, scratch.partial, scratch.counters, m, self.n, self.k, x.stride(0), out.stride(0)
+        )  # fmt: skip
+
+    def _prepare(self, m: int) -> tuple[Any, tuple[int, int, int]]:
+        if not 1 <= m <= self.max_m:
+            raise ValueError(f"this product was made for 1 to {self.max_m} rows, {m} were given")
+        return self._library[self._variants[row_bucket(m)]], self._grid(m).grid
+
+    def _check(self, x: torch.Tensor, weight: W4Device, out: torch.Tensor, scratch: W4Scratch, bias: torch.Tensor | None) -> None:
+        made = (weight.n, weight.k, weight.group, weight.form, weight.dtype)
+        if made != (self.n, self.k, self.group, self.form, self.dtype):
+            raise ValueError(f"a weight {made} does not fit a product made for {(self.n, self.k, self.group, self.form, self.dtype)}")
+        if x.shape[1] != self.k or x.dtype != DTYPES[self.dtype] or x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+            raise ValueError(f"x must be {self.dtype} [M, {self.k}], rows 16 bytes aligned; it is {x.dtype} {tuple(x.shape)} {x.stride()}")
+        if out.shape != (len(x), self.n) or out.dtype != DTYPES[self.out_dtype] or out.stride(1) != 1:
+            raise ValueError(f"out must be {self.out_dtype} [{len(x)}, {self.n}]; it is {out.dtype} {tuple(out.shape)}")
+        if scratch.partial.numel() < self.scratch_floats or scratch.counters.numel() < self.scratch_counters:
+            raise ValueError(f"this product needs {self.scratch_floats} floats and {self.scratch_counters} counters of scratch")
+        if bias is not None and (bias.shape != (self.n,) or bias.dtype != torch.float32):
+            raise ValueError(f"bias must be float32 [{self.n}]; it is {bias.dtype} {tuple(bias.shape)}")

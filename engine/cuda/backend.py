@@ -8,6 +8,7 @@ moment. Knows no family and no order of operations.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from engine.cache.layout import KVLayout
 from engine.cuda.all_reduce import one_shot_sum
 from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
 from engine.cuda.kv_store import RopeStore
-from engine.cuda.launch import Library
+from engine.cuda.launch import Library, Variant
 from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention
 from engine.cuda.state import State
@@ -166,10 +167,10 @@ class CudaBackend:
         return table, Linear(table.shape[0], table.shape[1], None, table)
 
     def prepare_norm(self, weight: Dense) -> torch.Tensor:
-        return weight.to(self._device.torch_device, torch.float32)
+        return weight.to(self._device.torch_device, torch.float32, copy=True)
 
     def prepare_rope(self, cos: np.ndarray, sin: np.ndarray) -> Rope:
-        return Rope(*(torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(self._device.torch_device) for x in (cos, sin)))
+        return Rope(*(torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(self._device.torch_device, copy=True) for x in (cos, sin)))
 
     def finish_loading(self) -> None:
         """Wait for the uploads, refuse numbers that are not finite, and make the dense copies that fit."""
@@ -188,9 +189,9 @@ class CudaBackend:
         elif grouped:
             self._scratch = torch.empty(max(linear.n * linear.k for linear in grouped), **self._place)
 
-    def load_kernels(self) -> None:
-        """Compile what the disk cache lacks, in parallel, and load everything."""
-        self.library.load(variant for operation in self._operations() for variant in operation.variants)
+    def load_kernels(self, others: Iterable[Variant]) -> None:
+        """Compile what the disk cache lacks, in parallel, and load everything, `others` too."""
+        self.library.load([*(variant for operation in self._operations() for variant in operation.variants), *others])
 
     def _operations(self) -> list[Any]:
         fixed: list[Any] = [self._embed, self._take, self._updates, self._rms_norm, self._add_rms_norm, self._silu_mul, self._rope_store]

@@ -30,6 +30,7 @@ from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec
 from engine.parallel import Ranks
 from engine.plan import kv_blocks
+from engine.plan_cuda import GRAPHS_BYTES
 from engine.sequence import SamplingParams
 from engine.step import Admit, StepPlan, StepResult
 from engine.weights import open_checkpoint
@@ -43,6 +44,7 @@ class CudaRunner:
     def __init__(self, config: Config, spec: ModelSpec, session_len: int, ranks: Ranks, device: Any) -> None:
         self._config, self._spec, self._ranks, self._device = config, spec, ranks, device
         knobs, cache = config.engine, config.cache
+        self._free_at_start = device.memory()[0]
         dtype = computing_dtype(config, "cuda", spec.dtype)
         self._backend = CudaBackend(config, spec, dtype, session_len, ranks, device)
         checkpoint = open_checkpoint(Path(config.model.path), spec, views=True)
@@ -123,11 +125,11 @@ class CudaRunner:
     def _affordable_blocks(self, layout: KVLayout, session_len: int) -> int:
         """KV blocks, beside one that padding writes to."""
         knobs = self._config.engine
-        self._device.synchronize()
-        free, total = self._device.memory()
-        if knobs.device_memory_gib:
-            free = min(free, free - total + int(knobs.device_memory_gib * 2**30))
-        free -= State.nbytes(knobs.max_batch_size, session_len, layout.block_seq_len) + self._backend.reserve_bytes() + layout.block_bytes
+        self._device.give_back()
+        free = self._device.memory()[0]
+        if knobs.device_memory_gib:  # of what this process may use, what it has not used yet
+            free = min(free, int(knobs.device_memory_gib * 2**30) - (self._free_at_start - free))
+        free -= State.nbytes(knobs.max_batch_size, session_len, layout.block_seq_len) + GRAPHS_BYTES + layout.block_bytes
         blocks = kv_blocks(self._config, layout, session_len, free)
         if blocks < 1 or blocks * layout.block_bytes > free:
             raise DeviceError(
@@ -143,7 +145,7 @@ class CudaRunner:
 
     def _warm_up(self, session_len: int) -> None:
         """Load kernels, run the largest prompt part and a decode step, capture the graphs: no request waits for any of it."""
-        self._backend.load_kernels()
+        self._backend.load_kernels(self._sampler.variants)
         room = min(session_len, self.num_blocks * self._config.cache.cache_block_seq_len)
         tokens = max(1, min(self._config.engine.max_prefill_token_num, room - 1))
         blocks = tuple(range(-(-min(tokens + 1, room) // self._config.cache.cache_block_seq_len)))

@@ -4,12 +4,13 @@ Canonical names are the ones of `engine/models/decoder.py`:
 
     embed   layers.{i}.{input_norm,q,k,v,o,q_norm,k_norm,post_norm,gate,up,down}   final_norm   lm_head
 
-each with `.weight` and, where the spec says so, `.bias`. A weight in AWQ's form is one parameter made of three tensors.
-Headers only, no torch: the memory plan is made from this.
+each with `.weight` and, where the spec says so, `.bias`. A weight in AWQ's form is one parameter made of three tensors;
+q, k and v may be rows of one tensor (`RowPick`). Headers only, no torch: the memory plan is made from this.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ import numpy as np
 
 from engine.awq import PACK
 from engine.errors import ModelError
-from engine.models.spec import FAMILIES, AwqSpec, ModelSpec
+from engine.models.families import BY_KV_HEAD, FAMILIES, GGUF_NAMES, HF_NAMES, Family
+from engine.models.spec import AwqSpec, ModelSpec
 from formats.errors import FormatError, printable
 from formats.gguf import GGUFFile, read_gguf
 from formats.json_file import read_json
@@ -32,40 +34,8 @@ SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 32 << 20
 MAX_LISTED = 8  # names in a message
 
-HF_NAMES = {
-    "embed": "model.embed_tokens",
-    "final_norm": "model.norm",
-    "lm_head": "lm_head",
-    "input_norm": "model.layers.{i}.input_layernorm",
-    "q": "model.layers.{i}.self_attn.q_proj",
-    "k": "model.layers.{i}.self_attn.k_proj",
-    "v": "model.layers.{i}.self_attn.v_proj",
-    "o": "model.layers.{i}.self_attn.o_proj",
-    "q_norm": "model.layers.{i}.self_attn.q_norm",
-    "k_norm": "model.layers.{i}.self_attn.k_norm",
-    "post_norm": "model.layers.{i}.post_attention_layernorm",
-    "gate": "model.layers.{i}.mlp.gate_proj",
-    "up": "model.layers.{i}.mlp.up_proj",
-    "down": "model.layers.{i}.mlp.down_proj",
-}
-GGUF_NAMES = {
-    "embed": "token_embd",
-    "final_norm": "output_norm",
-    "lm_head": "output",
-    "input_norm": "blk.{i}.attn_norm",
-    "q": "blk.{i}.attn_q",
-    "k": "blk.{i}.attn_k",
-    "v": "blk.{i}.attn_v",
-    "o": "blk.{i}.attn_output",
-    "q_norm": "blk.{i}.attn_q_norm",
-    "k_norm": "blk.{i}.attn_k_norm",
-    "post_norm": "blk.{i}.ffn_norm",
-    "gate": "blk.{i}.ffn_gate",
-    "up": "blk.{i}.ffn_up",
-    "down": "blk.{i}.ffn_down",
-}
 # Tensors that may be there and are not parameters: what they hold follows from the spec.
-DERIVED = re.compile(r"(model\.(layers\.\d{1,4}\.self_attn\.)?rotary_emb\.inv_freq|rope_freqs\.weight|blk\.\d{1,4}\.attn_rot_embd)")
+DERIVED = re.compile(r"((model|transformer)\.(layers\.\d{1,4}\.(self_attn|attention)\.)?rotary_emb\.inv_freq|rope_freqs\.weight|blk\.\d{1,4}\.attn_rot_embd)")
 
 
 class TensorFile(Protocol):
@@ -78,8 +48,18 @@ class TensorFile(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class RowPick:
+    """Which rows of a tensor a parameter is: of every `stride` rows, `count` from `start`."""
+
+    start: int
+    count: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a parameter lies. `type` is a key of `formats.gguf.TYPES` (safetensors: one of DENSE_TYPES, or AWQ)."""
+    """Where a parameter lies. `shape` is the parameter's, which is the tensor's unless `pick` takes some of its rows.
+    `type` is a key of `formats.gguf.TYPES` (safetensors: one of DENSE_TYPES, or AWQ)."""
 
     file: TensorFile
     name: str
@@ -87,6 +67,8 @@ class Stored:
     type: str
     interleaved_heads: int = 0  # rows of this many heads are in GGUF's order: pairs of rotated dimensions side by side
     parts: tuple[Stored, ...] = ()  # AWQ: qweight, qzeros, scales, or qweight, scales; `shape` is [N, K], `name` the linear's
+    pick: RowPick | None = None
+    unit_rows: bool = False  # each row is divided by its length when read (Baichuan2's output head)
 
     def fail(self, reason: str) -> ModelError:
         return ModelError(f"{printable(self.file.path.name)}: {printable(self.name)}: {reason}")
@@ -148,38 +130,67 @@ def _stock_of_directory(path: Path, spec: ModelSpec) -> dict[str, Stored]:
             if t.name in found:
                 raise ModelError(f"{printable(file.path.name)}: {printable(t.name)}: is in {found[t.name].file.path.name} too")
             found[t.name] = Stored(file, t.name, t.shape, t.dtype)
+    family = FAMILIES[spec.family]
     if spec.tie_word_embeddings:
-        found.pop("lm_head.weight", None)  # a copy that some checkpoints carry; the embedding rules
+        found.pop(file_name("lm_head.weight", family.names), None)  # a copy that some checkpoints carry; the embedding rules
     file = INDEX if (path / INDEX).exists() else SINGLE
     if spec.awq is not None:
         _join_awq(file, found, spec, spec.awq)
-    return _match(file, found, HF_NAMES, spec)
+    stock = _match(file, found, family.names, spec, family)
+    if family.unit_head and "lm_head.weight" in stock:
+        stock["lm_head.weight"] = dataclasses.replace(stock["lm_head.weight"], unit_rows=True)
+    return stock
+
+
+def _picks(spec: ModelSpec, family: Family) -> dict[str, RowPick]:
+    """Where q, k and v are in their packed tensor; {} for families that have them apart."""
+    if not family.packed_qkv:
+        return {}
+    heads, kv = spec.num_heads, spec.num_kv_heads
+    if family.packed_qkv == BY_KV_HEAD:
+        heads, kv = heads // kv, 1  # of each KV head
+    rows = [n * spec.head_dim for n in (heads, kv, kv)]
+    starts = (0, rows[0], rows[0] + rows[1])
+    return {name: RowPick(start, count, sum(rows)) for name, start, count in zip("qkv", starts, rows, strict=True)}
+
+
+def _tensor_shape(canonical: str, shape: tuple[int, ...], picks: Mapping[str, RowPick]) -> tuple[int, ...]:
+    """The shape of the tensor that holds a parameter."""
+    pick = picks.get(canonical.split(".")[-2])
+    return shape if pick is None else (shape[0] // pick.count * pick.stride, *shape[1:])
 
 
 def _join_awq(file: str, found: dict[str, Stored], spec: ModelSpec, awq: AwqSpec) -> None:
     """Put one entry, named as a dense weight would be, in the place of a quantized linear's tensors."""
     missing = []
+    family = FAMILIES[spec.family]
+    picks = _picks(spec, family)
     for canonical, shape in expected_shapes(spec).items():
-        linear = file_name(canonical, HF_NAMES).rpartition(".")[0]
+        linear = file_name(canonical, family.names).rpartition(".")[0]
+        shape = _tensor_shape(canonical, shape, picks)
         if len(shape) != 2 or canonical == "embed.weight" or any(name in linear for name in awq.not_converted):
             continue
         if canonical == "lm_head.weight" and f"{linear}.qweight" not in found:
             continue  # most checkpoints leave it as it was, and do not say so
         if f"{linear}.weight" in found:
+            if found[f"{linear}.weight"].parts:
+                continue  # q, k and v are one linear
             raise found[f"{linear}.weight"].fail("is a dense weight; quantization_config says that this linear is quantized")
         names = ["qweight", "qzeros", "scales"] if awq.zero_point or f"{linear}.qzeros" in found else ["qweight", "scales"]
         absent = [f"{linear}.{name}" for name in names if f"{linear}.{name}" not in found]
-        missing += absent
+        missing += [name for name in absent if name not in missing]
         if not absent:
             parts = tuple(found.pop(f"{linear}.{name}") for name in names)
-            _check_awq(dict(zip(names, parts, strict=True)), shape, awq.group_size)
+            _check_awq(dict(zip(names, parts, strict=True)), shape, awq.group_size, picks)
             found[f"{linear}.weight"] = Stored(parts[0].file, linear, shape, "AWQ", parts=parts)
     if missing:
         raise ModelError(f"{printable(file)}: missing: {_listing(missing)}")
 
 
-def _check_awq(parts: dict[str, Stored], shape: tuple[int, ...], group: int) -> None:
+def _check_awq(parts: dict[str, Stored], shape: tuple[int, ...], group: int, picks: Mapping[str, RowPick]) -> None:
     n, k = shape
+    if any(pick.start % PACK or pick.count % PACK for pick in picks.values()):
+        raise parts["qweight"].fail(f"q, k and v do not lie between whole int32s of {PACK} output channels")
     if n % PACK or k % group:
         raise parts["qweight"].fail(f"{n} output and {k} input channels are no whole int32s of {PACK} and groups of {group}")
     wanted = {"qweight": ("I32", (k, n // PACK)), "qzeros": ("I32", (k // group, n // PACK)), "scales": ("F16", (k // group, n))}
@@ -209,22 +220,27 @@ def _shards(path: Path) -> list[SafetensorsFile]:
     return files
 
 
-def _match(file: str, found: dict[str, Stored], names: Mapping[str, str], spec: ModelSpec) -> dict[str, Stored]:
-    """Both ways: everything expected is there, as expected; nothing else is."""
+def _match(
+    file: str, found: dict[str, Stored], names: Mapping[str, str], spec: ModelSpec, family: Family | None = None
+) -> dict[str, Stored]:
+    """Both ways: everything expected is there, as expected; nothing else is. `family`: of files that may pack q, k and v."""
     stock: dict[str, Stored] = {}
-    missing = []
+    missing: dict[str, None] = {}
+    picks = _picks(spec, family) if family else {}
     for canonical, shape in expected_shapes(spec).items():
         name = file_name(canonical, names)
         if name not in found:
-            missing.append(name)
+            missing[name] = None
             continue
-        stored = stock[canonical] = found.pop(name)
-        if stored.shape != shape:
-            raise stored.fail(f"shape {stored.shape}, the model's configuration wants {shape}")
+        stored, wanted = found[name], _tensor_shape(canonical, shape, picks)
+        if stored.shape != wanted:
+            raise stored.fail(f"shape {stored.shape}, the model's configuration wants {wanted}")
         _check_type(stored, len(shape))
+        stock[canonical] = dataclasses.replace(stored, shape=shape, pick=picks.get(canonical.split(".")[-2]))
     if missing:
-        raise ModelError(f"{printable(file)}: missing: {_listing(missing)}")
-    if extra := sorted(name for name in found if not DERIVED.fullmatch(name)):
+        raise ModelError(f"{printable(file)}: missing: {_listing(list(missing))}")
+    used = {stored.name for stored in stock.values()} | {f"{stored.name}.weight" for stored in stock.values() if stored.parts}
+    if extra := sorted(name for name in found if name not in used and not DERIVED.fullmatch(name)):
         raise ModelError(f"{printable(file)}: tensors that the model's configuration has no use for: {_listing(extra)}")
     return stock
 

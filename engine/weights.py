@@ -98,16 +98,31 @@ class Checkpoint:
 
 
 def _plain(stored: Stored, rows: slice, columns: slice, views: bool) -> torch.Tensor:
-    array: np.ndarray = stored.file.raw(stored.name).view(NUMPY_DTYPES[stored.type]).reshape(stored.shape)
+    array: np.ndarray = _picked(stored.file.raw(stored.name).view(NUMPY_DTYPES[stored.type]), stored)
     array = _take_rows(array, rows, stored)
     if array.ndim == 2:
         array = array[:, columns]
+    if stored.unit_rows:
+        return _unit_rows(_finite(torch.from_numpy(np.array(array)).view(DTYPES[stored.type]), stored))
     if not views:
         return _finite(torch.from_numpy(np.array(array)).view(DTYPES[stored.type]), stored)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable")  # nobody writes to it
         tensor = torch.from_numpy(array)
     return tensor.view(DTYPES[stored.type])
+
+
+def _picked(flat: np.ndarray, stored: Stored) -> np.ndarray:
+    """The parameter in its shape: a view of its tensor unless its rows lie in several places."""
+    if stored.pick is None:
+        return flat.reshape(stored.shape)
+    pick = stored.pick
+    return flat.reshape(-1, pick.stride, *stored.shape[1:])[:, pick.start : pick.start + pick.count].reshape(stored.shape)
+
+
+def _unit_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Each row divided by its length, computed in float32."""
+    return torch.nn.functional.normalize(weight.to(torch.float32)).to(weight.dtype)
 
 
 def _awq(stored: Stored, rows: slice, columns: slice, dense: bool) -> torch.Tensor | AWQ:
@@ -135,8 +150,16 @@ def _awq(stored: Stored, rows: slice, columns: slice, dense: bool) -> torch.Tens
 def _awq_arrays(stored: Stored) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """qweight, qzeros, scales: views of the mapped file; zeros of 8 where the file has none."""
     arrays = [part.file.raw(part.name).view("<f2" if part.type == "F16" else "<i4").reshape(part.shape) for part in stored.parts]
-    zeros = arrays[1] if len(arrays) == 3 else awq.symmetric_zeros(*arrays[1].shape)
-    return arrays[0], zeros, arrays[-1]
+    zeros = arrays[1] if len(arrays) == 3 else awq.symmetric_zeros(arrays[1].shape[0], arrays[1].shape[1])
+    return _picked_columns(arrays[0], stored, awq.PACK), _picked_columns(zeros, stored, awq.PACK), _picked_columns(arrays[-1], stored, 1)
+
+
+def _picked_columns(array: np.ndarray, stored: Stored, unit: int) -> np.ndarray:
+    """`_picked` of an array whose columns are output channels, `unit` of them each."""
+    if stored.pick is None:
+        return array
+    start, count, stride = (n // unit for n in (stored.pick.start, stored.pick.count, stored.pick.stride))
+    return array.reshape(len(array), -1, stride)[:, :, start : start + count].reshape(len(array), -1)
 
 
 def _down(value: int, unit: int) -> int:

@@ -22,16 +22,17 @@ REQUIRED = Required()
 
 
 class Keys:
-    """`values` of one file (or one object in it); `prefix` is put before each key, in look-ups and in messages."""
+    """`values` of one file (or one object in it). In look-ups and in messages a key that `names` holds goes by that name,
+    and `prefix` is put before each key."""
 
-    def __init__(self, file: str, values: Mapping[str, object], prefix: str = "") -> None:
-        self.file, self.values, self.prefix = file, values, prefix
+    def __init__(self, file: str, values: Mapping[str, object], prefix: str = "", names: Mapping[str, str] | None = None) -> None:
+        self.file, self.values, self.prefix, self.names = file, values, prefix, names or {}
 
     def fail(self, key: str, reason: str) -> NoReturn:
-        raise ModelError(f"{printable(self.file)}:{printable(self.prefix + key)}: {reason}")
+        raise ModelError(f"{printable(self.file)}:{printable(self._place(key))}: {reason}")
 
     def has(self, key: str) -> bool:
-        return self.values.get(self.prefix + key) is not None
+        return self.values.get(self._place(key)) is not None
 
     def integer(self, key: str, low: int, high: int, default: int | Required = REQUIRED) -> int:
         value = self._get(key, default, "an integer", int)
@@ -69,7 +70,7 @@ class Keys:
 
     def table(self, key: str) -> Mapping[str, object] | None:
         """A nested object, None where absent."""
-        value = self.values.get(self.prefix + key)
+        value = self.values.get(self._place(key))
         if value is None:
             return None
         if not isinstance(value, dict):
@@ -78,7 +79,7 @@ class Keys:
 
     def ids(self, key: str, limit: int) -> tuple[int, ...]:
         """One id or a list of ids, each in 0 .. limit - 1; () where absent."""
-        value = self.values.get(self.prefix + key)
+        value = self.values.get(self._place(key))
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if len(ids) > 256:
             self.fail(key, f"{len(ids)} ids; at most 256 are read")
@@ -91,13 +92,16 @@ class Keys:
 
     def expect(self, key: str, *allowed: object, why: str = "") -> None:
         """State an assumption: the key is absent or has one of these values. `why` is what the user reads otherwise."""
-        value = self.values.get(self.prefix + key)
+        value = self.values.get(self._place(key))
         if value is not None and not any(type(value) is type(a) and value == a for a in allowed):
             only = f" (only {' or '.join(map(_show, allowed))})" if allowed else ""
             self.fail(key, why or f"{_show(value)} is not supported{only}")
 
+    def _place(self, key: str) -> str:
+        return self.prefix + self.names.get(key, key)
+
     def _get(self, key: str, default: T | Required, what: str, kind: type) -> object:
-        value = self.values.get(self.prefix + key)
+        value = self.values.get(self._place(key))
         if value is not None:
             return value
         if isinstance(default, Required):

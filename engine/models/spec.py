@@ -1,4 +1,4 @@
-"""`ModelSpec`: everything the decoder needs to know about a model, as data. Families differ here and nowhere else.
+"""`ModelSpec`: everything the decoder needs to know about a model, as data. What families leave unsaid is in `families.py`.
 
 `load_spec` reads it from a Hugging Face directory (config.json, generation_config.json) or from the metadata of a
 GGUF file. Reads are strict: what is missing, of the wrong type, absurd or not supported is a ModelError
@@ -17,6 +17,7 @@ import numpy as np
 
 from config.schema import Engine
 from engine.errors import ConfigError, ModelError
+from engine.models.families import FAMILIES, Family
 from engine.models.keys import REQUIRED, Keys
 from engine.w4 import GROUP_SIZES
 from formats.errors import FormatError, printable
@@ -81,29 +82,14 @@ class ModelSpec:
         """Sliding window of this layer, 0 for none."""
         return self.sliding_window if not self.window_layers or layer in self.window_layers else 0
 
+    @property
+    def longest(self) -> int:
+        """Most positions of a sequence that may be asked for. Dynamic NTK with factor 1 stretches theta to whatever length
+        it is given (TurboMind's rope_scaling_factor = 1.0), with a larger one only so many times the trained length."""
+        if self.rope.kind != "dynamic":
+            return self.max_position
+        return int(self.max_position * self.rope.factor) if self.rope.factor > 1 else MAX_POSITION
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What a family's files leave unsaid."""
-
-    architecture: str  # in config.json
-    gguf: str  # general.architecture; "": such files say "llama"
-    qkv_bias: bool = False  # always there, whatever the file says
-    bias_keys: bool = False  # config.json's attention_bias and mlp_bias are honoured
-    qk_norm: bool = False
-    window: str = ""  # "": none, "all": sliding_window, "layers": use_sliding_window with max_window_layers or layer_types
-    default_window: int = 0  # where the key is absent (null means none)
-    default_kv_heads: int = 0  # where the key is absent; 0: as many as heads
-    default_head_dim: int = 0  # where the key is absent; 0: hidden_size / heads
-    permuted_qk: bool = False  # GGUF files of this architecture hold rows of q and k in interleaved order
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", "llama", bias_keys=True, permuted_qk=True),
-    "mistral": Family("MistralForCausalLM", "", window="all", default_window=4096, default_kv_heads=8),
-    "qwen2": Family("Qwen2ForCausalLM", "qwen2", qkv_bias=True, window="layers", default_kv_heads=32),
-    "qwen3": Family("Qwen3ForCausalLM", "qwen3", bias_keys=True, qk_norm=True, window="layers", default_kv_heads=32, default_head_dim=128),
-}
 
 # Keys that would change what the model computes in a way the decoder does not know, with the values that change nothing.
 NEUTRAL_HF: dict[str, tuple[object, ...]] = {
@@ -226,15 +212,15 @@ def spec_from_config(config: Mapping[str, object], generation: Mapping[str, obje
     """From the two JSON objects of a Hugging Face checkpoint."""
     keys = Keys("config.json", config)
     name, family = _family_of_config(keys)
-    for key, allowed in NEUTRAL_HF.items():
-        keys.expect(key, *allowed, why=WHY.get(key, ""))
+    keys = Keys("config.json", config, names=family.keys)
+    _check_assumptions(keys, family)
     hidden = keys.integer("hidden_size", 1, MAX_WIDTH)
     heads = keys.integer("num_attention_heads", 1, MAX_HEADS)
     vocab = keys.integer("vocab_size", 1, MAX_VOCAB)
     layers = keys.integer("num_hidden_layers", 1, MAX_LAYERS)
     head_dim = _head_dim(keys, "head_dim", hidden, heads, family.default_head_dim)
     max_position = keys.integer("max_position_embeddings", 1, MAX_POSITION)
-    bias = keys.flag("attention_bias", False) if family.bias_keys else False
+    bias = keys.flag("attention_bias", False) if family.bias_keys else bool(family.bias_key) and keys.flag(family.bias_key)
     window, window_layers = _window(keys, family, layers)
     return _checked(
         keys,
@@ -242,14 +228,14 @@ def spec_from_config(config: Mapping[str, object], generation: Mapping[str, obje
             family=name,
             vocab_size=vocab,
             hidden_size=hidden,
-            intermediate_size=keys.integer("intermediate_size", 1, MAX_WIDTH),
+            intermediate_size=_intermediate(keys, family),
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=keys.integer("num_key_value_heads", 1, heads, family.default_kv_heads or heads),
             head_dim=head_dim,
             rms_norm_eps=keys.number("rms_norm_eps", 1e-12, 1.0),
             max_position=max_position,
-            rope=_rope_of_config(keys, head_dim, max_position),
+            rope=ROPES[family.rope](keys, head_dim, max_position),
             tie_word_embeddings=keys.flag("tie_word_embeddings", False),
             qkv_bias=family.qkv_bias or bias,
             o_bias=bias,
@@ -257,6 +243,7 @@ def spec_from_config(config: Mapping[str, object], generation: Mapping[str, obje
             qk_norm=family.qk_norm,
             sliding_window=window,
             window_layers=window_layers,
+            use_logn_attn=bool(family.logn_key) and keys.flag(family.logn_key, False),
             bos_token_id=next(iter(keys.ids("bos_token_id", vocab)), -1),
             eos_token_ids=tuple(
                 dict.fromkeys(Keys("generation_config.json", generation).ids("eos_token_id", vocab) + keys.ids("eos_token_id", vocab))
@@ -276,6 +263,27 @@ def _family_of_config(keys: Keys) -> tuple[str, Family]:
             return name, family
     shown = ", ".join(map(printable, names[:4])) or "an empty list"
     keys.fail("architectures", f"{shown} is not supported; supported: {', '.join(f.architecture for f in FAMILIES.values())}")
+
+
+def _check_assumptions(keys: Keys, family: Family) -> None:
+    for key, allowed in (NEUTRAL_HF | dict(family.neutral)).items():
+        if not (key == "auto_map" and family.own_code):
+            keys.expect(key, *allowed, why=WHY.get(key, ""))
+    for key, reason in family.required.items():
+        if not keys.has(key):
+            keys.fail(key, reason)
+    for (key, value), reason in family.refused.items():
+        if keys.values.get(key) == value:
+            keys.fail(key, reason)
+
+
+def _intermediate(keys: Keys, family: Family) -> int:
+    size = keys.integer("intermediate_size", 1, MAX_WIDTH)
+    if not family.halved_intermediate:
+        return size
+    if size % 2:
+        keys.fail("intermediate_size", f"{size} counts gate and up together and is odd")
+    return size // 2
 
 
 def _head_dim(keys: Keys, key: str, hidden: int, heads: int, default: int = 0) -> int:
@@ -369,6 +377,35 @@ def _rope_of_config(keys: Keys, head_dim: int, max_position: int) -> RopeSpec:
     theta = rope.number("rope_theta", 1.000001, MAX_THETA, keys.number("rope_theta", 1.000001, MAX_THETA, 10000.0))
     spec = RopeSpec(theta=theta, rotary_dim=_rotary_dim(rope, "partial_rotary_factor", int(head_dim * partial), head_dim), kind=kind)
     return _scaled(rope, spec, max_position)
+
+
+def _rope_of_internlm(keys: Keys, head_dim: int, max_position: int) -> RopeSpec:
+    """InternLM's `rotary`: base, type (origin or dynamic) and scaling_factor; older files have none."""
+    given = keys.table("rotary")
+    if given is None:
+        return _rope_of_config(keys, head_dim, max_position)
+    rope = Keys(keys.file, {f"rotary.{k}": v for k, v in given.items()}, "rotary.")
+    for key in given.keys() - {"base", "type", "scaling_factor"}:
+        rope.fail(key, "not a key of rotary")
+    spec = RopeSpec(theta=rope.number("base", 1.000001, MAX_THETA, 10000.0), rotary_dim=head_dim)
+    kind = rope.text("type", "origin")
+    if kind == "origin":
+        return spec
+    if kind != "dynamic":
+        rope.fail("type", f"{printable(kind)} is not supported; supported: origin, dynamic")
+    factor = rope.number("scaling_factor", 1, 1e6, 1.0)
+    return dataclasses.replace(spec, kind="dynamic", factor=factor, original_max_position=max_position)
+
+
+def _rope_of_qwen(keys: Keys, head_dim: int, max_position: int) -> RopeSpec:
+    """Qwen-1: use_dynamic_ntk is TurboMind's rope_scaling_factor = 1, of use beyond seq_length only."""
+    spec = _rope_of_config(keys, head_dim, max_position)
+    if not keys.flag("use_dynamic_ntk", False):
+        return spec
+    return dataclasses.replace(spec, kind="dynamic", factor=1.0, original_max_position=max_position)
+
+
+ROPES = {"": _rope_of_config, "internlm": _rope_of_internlm, "qwen": _rope_of_qwen}
 
 
 def _rotary_dim(keys: Keys, key: str, dim: int, head_dim: int) -> int:

@@ -253,6 +253,9 @@ add_counter = _asm("atom.add.acq_rel.gpu.global.u32 $0, [$1], $2;", [u32], [u64,
 # -- attention: exact pieces of an online softmax -------------------------------------------------------------------------------
 
 move_matrix_transposed = _asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", [u32], [u32], memory=True)  # movmatrix, sm_75
+# `a1` threads, whole warps, that all name barrier a0 of 1 .. 15. Of 32 threads it is a warp's barrier that stays one instruction:
+# nvJitLink makes a call of bar.warp.sync on compute capability 8.x, and registers that live across it spill.
+some_barrier = _asm("bar.sync $0, $1;", [], [u32, u32], memory=True)
 maximum = _asm("max.f32 $0, $1, $2;", [f32], [f32, f32], pure=True)  # of a number and NaN, the number
 fma = _asm("fma.rn.f32 $0, $1, $2, $3;", [f32], [f32, f32, f32], pure=True)  # a * b + c that no compiler splits or joins otherwise
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx import arith, collective, convert, loadstore, mbarrier, wgmma
+from tests.ptx import arith, bits, collective, convert, loadstore, mbarrier, wgmma
 from tests.ptx.collective import ballot_of, presence
 from tests.ptx.errors import EmulatorError
 from tests.ptx.machine import Array, Bound, Machine
@@ -21,6 +21,7 @@ from tests.ptx.parser import Instruction, Kernel
 
 OPS: dict[str, Callable[[Machine, Instruction], Bound]] = {
     **arith.OPS,
+    **bits.OPS,
     **convert.OPS,
     **loadstore.OPS,
     **collective.OPS,
@@ -155,7 +156,6 @@ class Program:
 
     def run(self, exists: Array, step_limit: int) -> None:
         """Run the lanes that exist to their end."""
-        machine = self.machine
         self.alive = exists.copy()
         self.alive_count = int(exists.sum())
         self.groups: dict[int, Array] = {0: self.every if exists.all() else exists.copy()}

@@ -31,6 +31,9 @@ class Backend(Protocol):
     def prepare_linear(self, weight: Weight | list[Weight], bias: Dense | None) -> Any:
         """Repack a weight [N, K] (+ bias [N]) once, at load, into what `linear` reads."""
 
+    def prepare_head(self, weight: Weight) -> Any:
+        """The same for the output head [vocab, hidden], which `logits` reads."""
+
     def prepare_embedding(self, weight: Weight) -> Any:
         """A table [vocab, hidden] for `embed`; a tied one is passed to `prepare_tied` instead."""
 

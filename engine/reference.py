@@ -119,6 +119,9 @@ class ReferenceBackend:
     def prepare_linear(self, weight: Weight, bias: Dense | None) -> _Linear:
         return _Linear(dense(weight), None if bias is None else dense(bias))
 
+    def prepare_head(self, weight: Weight) -> _Linear:
+        return self.prepare_linear(weight, None)
+
     def prepare_embedding(self, weight: Weight) -> np.ndarray:
         return dense(weight)
 

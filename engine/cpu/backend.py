@@ -134,6 +134,9 @@ class CpuBackend:
             return matmul.pack_d32(weight.to(torch.float32).numpy(), bias)
         return matmul.pack_d16(weight.to(torch.bfloat16).contiguous().view(torch.uint16).numpy(), bias)
 
+    def prepare_head(self, weight: Weight) -> Linear:
+        return self.prepare_linear(weight, None)
+
     def prepare_embedding(self, weight: Weight) -> Linear:
         return self.prepare_linear(weight, None)
 

@@ -24,11 +24,11 @@ from engine.cuda.all_reduce import one_shot_sum
 from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
 from engine.cuda.kv_store import RopeStore
 from engine.cuda.launch import Library, Variant
+from engine.cuda.linear import DTYPES, Linear, Linears
 from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention
 from engine.cuda.state import State
 from engine.cuda.step import Step
-from engine.cuda.w4_matmul import W4Device, W4Matmul
 from engine.errors import ModelError
 from engine.host import usable_cores
 from engine.models.layers import to_dense
@@ -40,20 +40,7 @@ from engine.step import StepPlan
 from engine.w4 import W4
 
 Array = torch.Tensor
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 TILE_TOKENS = 2  # column of a tile: how many tokens it has
-
-
-@dataclass(slots=True, eq=False)
-class Linear:
-    """y = x W^T + b. `dense` [N, K] is the weight itself, or the resident copy of a 4-bit one (None: made when needed)."""
-
-    n: int
-    k: int
-    bias: torch.Tensor | None  # [N] in the computing dtype
-    dense: torch.Tensor | None
-    w4: W4Device | None = None
-    product: W4Matmul | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +78,8 @@ class CudaBackend:
         self._heads, self._kv_heads = shard.num_heads, shard.num_kv_heads
         self._intermediate = own.intermediate
         self.library = library = Library(device, Path(config.engine.kernel_cache_dir), processes=usable_cores())
-        self._buffers = Buffers(
-            device.torch_device, self._dtype, max(knobs.max_prefill_token_num, knobs.max_batch_size), activation_widths(spec, own)
-        )
+        rows = max(knobs.max_prefill_token_num, knobs.max_batch_size)
+        self._buffers = Buffers(device.torch_device, self._dtype, rows, activation_widths(spec, own))
         self._taken = torch.empty((knobs.max_batch_size, spec.hidden_size), **self._place)
         self._logits = torch.empty((knobs.max_batch_size, spec.vocab_size), dtype=torch.float32, device=device.torch_device)
         hidden = spec.hidden_size
@@ -118,53 +104,23 @@ class CudaBackend:
         self._out = {  # which buffer the products of a width go to
             hidden: "hidden", 2 * self._intermediate: "gate_up", self._heads * spec.head_dim + kv_width: "qkv",
         }  # fmt: skip
-        self._products: dict[tuple[int, int, int], W4Matmul] = {}
-        self._linears: list[Linear] = []
-        self._finite: list[torch.Tensor] = []  # of each weight: whether all its numbers are
+        self._linears = Linears(library, device, dtype, rows)
         self._state: State
 
     # -- load -----------------------------------------------------------------------------------------------------------
 
     def prepare_linear(self, weight: Weight | list[Weight], bias: Dense | None) -> Linear:
-        parts = weight if isinstance(weight, list) else [weight]
-        vector = None if bias is None else self._upload([bias])
-        linear = self._grouped(parts, vector)
-        if linear is None:
-            dense = self._upload([to_dense(part) for part in parts])
-            linear = Linear(dense.shape[0], dense.shape[1], vector, dense)
-        self._linears.append(linear)
-        return linear
+        return self._linears.make(weight, bias)
 
-    def _grouped(self, parts: list[Weight], bias: torch.Tensor | None) -> Linear | None:
-        """Parts of one 4-bit form stay 4-bit; None: they are something else, or mixed."""
-        first = parts[0]
-        if not isinstance(first, W4 | AWQ) or {(type(p), p.group_size) for p in parts} != {(type(first), first.group_size)}:  # type: ignore[union-attr]
-            return None
-        n, k, group = sum(p.out_features for p in parts), first.in_features, first.group_size  # type: ignore[union-attr]
-        product = self._products.get((n, k, group))
-        if product is None:
-            product = self._products[n, k, group] = W4Matmul(self.library, n, k, group, self._dtype_name)
-        packed = product.pack_from_awq(parts) if isinstance(first, AWQ) else product.pack_from_w4(parts)
-        return Linear(n, k, bias, None, packed, product)
-
-    def _upload(self, parts: list[Dense]) -> torch.Tensor:
-        """In the computing dtype, one under the other."""
-        rows = sum(part.shape[0] for part in parts)
-        out = torch.empty((rows, *parts[0].shape[1:]), **self._place)
-        at = 0
-        for part in parts:
-            target = out[at : at + part.shape[0]]
-            at += part.shape[0]
-            target.copy_(part.to(self._device.torch_device))  # converted there
-        self._finite.append(torch.isfinite(out).all())
-        return out
+    def prepare_head(self, weight: Weight) -> Linear:
+        return self._linears.make(weight, None, float32_out=True)
 
     def prepare_embedding(self, weight: Weight) -> torch.Tensor:
-        return self._upload([to_dense(weight)])
+        return self._linears.upload([to_dense(weight)])
 
     def prepare_tied(self, weight: Weight) -> tuple[torch.Tensor, Linear]:
         table = self.prepare_embedding(weight)
-        return table, Linear(table.shape[0], table.shape[1], None, table)
+        return table, self._linears.of_table(table)
 
     def prepare_norm(self, weight: Dense) -> torch.Tensor:
         return weight.to(self._device.torch_device, torch.float32, copy=True)
@@ -173,21 +129,7 @@ class CudaBackend:
         return Rope(*(torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(self._device.torch_device, copy=True) for x in (cos, sin)))
 
     def finish_loading(self) -> None:
-        """Wait for the uploads, refuse numbers that are not finite, and make the dense copies that fit."""
-        if self._finite and not bool(torch.stack(self._finite).all()):
-            raise ModelError(
-                "The checkpoint holds a number that is not finite; fetch it again, or load it with engine.device = 'cpu' to learn which."
-            )
-        self._finite.clear()
-        self._device.give_back()
-        grouped = [linear for linear in self._linears if linear.product is not None]
-        size = sum(2 * linear.n * linear.k for linear in grouped)
-        if makes_dense_copy(self._config, size, self._device.memory()[0]):
-            for linear in grouped:
-                linear.dense = torch.empty((linear.n, linear.k), **self._place)
-                linear.product.dequantize(linear.w4, linear.dense)
-        elif grouped:
-            self._scratch = torch.empty(max(linear.n * linear.k for linear in grouped), **self._place)
+        self._linears.finish(self._config)
 
     def load_kernels(self, others: Iterable[Variant]) -> None:
         """Compile what the disk cache lacks, in parallel, and load everything, `others` too."""
@@ -197,7 +139,7 @@ class CudaBackend:
         fixed: list[Any] = [self._embed, self._take, self._updates, self._rms_norm, self._add_rms_norm, self._silu_mul, self._rope_store]
         if self._one_shot is not None:
             fixed.append(self._one_shot)
-        return [*fixed, *self._decode.values(), *self._prefill.values(), *self._products.values()]
+        return [*fixed, *self._decode.values(), *self._prefill.values(), self._linears]
 
     def make_kv(self, layout: KVLayout, num_blocks: int) -> list[torch.Tensor]:
         """One view a layer of [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim]; the last block is for padding rows."""
@@ -250,22 +192,12 @@ class CudaBackend:
 
     def linear(self, x: Array, weight: Linear) -> Array:
         out = self._buffers.get(self._out[weight.n], len(x))
-        if weight.product is not None and weight.product.takes(len(x), has_dense=weight.dense is not None):
-            weight.product(x, weight.w4, out, weight.bias)
-            return out
-        dense = weight.dense
-        if dense is None:
-            dense = self._scratch[: weight.n * weight.k].view(weight.n, weight.k)
-            weight.product.dequantize(weight.w4, dense)
-        if weight.bias is None:
-            torch.mm(x, dense.T, out=out)
-        else:
-            torch.addmm(weight.bias, x, dense.T, out=out)
+        self._linears(x, weight, out)
         return out
 
     def logits(self, x: Array, weight: Linear) -> Array:
         out = self._logits.view(-1)[: len(x) * weight.n].view(len(x), weight.n)
-        self._device.matmul_f32(x, weight.dense, out)
+        self._linears.float32(x, weight, out)
         return out
 
     def rope_store(self, qkv: Array, step: Step, kv: torch.Tensor, rope: Rope, q_norm: Any, k_norm: Any, spec: ModelSpec) -> Array:

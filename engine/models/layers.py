@@ -90,7 +90,7 @@ class LayerLoader:
         else:
             embedding = self._backend.prepare_embedding(table)
             head_name = "embed" if self._spec.tie_word_embeddings else "lm_head"
-            head = self._backend.prepare_linear(self._checkpoint.weight(head_name, rows=vocab, dense=self._exact), None)
+            head = self._backend.prepare_head(self._checkpoint.weight(head_name, rows=vocab, dense=self._exact))
         return embedding, Linear(head, self._backend, self._ranks, "out")
 
     def _out(self, parts: list[tuple[str, slice]], bias: bool) -> Linear:

@@ -1,0 +1,184 @@
+"""Products with the weights of a model: uploaded, stacked and repacked at load, multiplied by whatever is quickest for the rows.
+
+    weight in the checkpoint                on the card                      few rows        many rows
+    16 or 32 bits, 8-bit GGUF, mixed forms  dense, computing dtype           torch.mm        torch.mm
+    4 bits (GGUF), AWQ                      packed (w4_layout.py), and a     w4_matmul       torch.mm with the dense copy,
+                                            dense copy where memory allows                   or with one made for the moment
+
+"Many" is `tuning.dense_from`. Knows no layer and no step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from config.schema import Config
+from engine.awq import AWQ
+from engine.backend import Dense, Weight
+from engine.cuda.launch import Library, Variant
+from engine.cuda.tuning import dense_from
+from engine.cuda.w4_layout import W4Device
+from engine.cuda.w4_matmul import W4Matmul, W4Scratch
+from engine.cuda.w4_repack import W4Repack
+from engine.errors import ModelError
+from engine.models.layers import to_dense
+from engine.plan_cuda import makes_dense_copy
+from engine.w4 import W4
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True, eq=False)
+class Linear:
+    """y = x W^T + b. `dense` [N, K]: the weight itself, or the resident copy of a packed one (None: made when needed)."""
+
+    n: int
+    k: int
+    bias: torch.Tensor | None  # float32 [N]
+    bias16: torch.Tensor | None  # the same in the computing dtype
+    dense: torch.Tensor | None
+    packed: W4Device | None = None
+
+
+class Linears:
+    """All of one rank. `max_rows`: of the largest step."""
+
+    def __init__(self, library: Library, device: Any, dtype: str, max_rows: int) -> None:
+        self._library, self._device, self._dtype = library, device, dtype
+        self._place = {"device": device.torch_device, "dtype": DTYPES[dtype]}
+        self._most_packed = min(max_rows, max(dense_from(device.cc, resident) for resident in (True, False)))
+        self._all: list[Linear] = []
+        self._products: dict[tuple[int, int, int, str, str], W4Matmul] = {}
+        self._repacks: dict[tuple[int, str], W4Repack] = {}
+        self._finite: list[torch.Tensor] = []  # of each upload: whether all its numbers are
+        self._bad_scales = torch.zeros(1, dtype=torch.int32, device=device.torch_device)
+        self._scratch: W4Scratch
+        self._moment: torch.Tensor  # where a packed weight is unpacked for one product
+
+    # -- load -----------------------------------------------------------------------------------------------------------
+
+    def make(self, weight: Weight | list[Weight], bias: Dense | None, *, float32_out: bool = False) -> Linear:
+        """`weight`: one, or several with the same input that are stacked."""
+        parts = weight if isinstance(weight, list) else [weight]
+        linear = self._pack(parts, float32_out)
+        if linear is None:
+            dense = self.upload([to_dense(part) for part in parts])
+            linear = Linear(dense.shape[0], dense.shape[1], None, None, dense)
+        if bias is not None:
+            linear.bias = bias.to(self._device.torch_device, torch.float32, copy=True)
+            linear.bias16 = self.upload([bias])
+        self._all.append(linear)
+        return linear
+
+    def of_table(self, table: torch.Tensor) -> Linear:
+        """The output head that is the embedding table."""
+        return Linear(table.shape[0], table.shape[1], None, None, table)
+
+    def upload(self, parts: list[Dense]) -> torch.Tensor:
+        """In the computing dtype, one under the other."""
+        out = torch.empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), **self._place)
+        at = 0
+        for part in parts:
+            out[at : at + part.shape[0]].copy_(part.to(self._device.torch_device))  # converted there
+            at += part.shape[0]
+        self._finite.append(torch.isfinite(out).all())
+        return out
+
+    def _pack(self, parts: list[Weight], float32_out: bool) -> Linear | None:
+        """Parts of one 4-bit form stay 4-bit; None: they are something else, or mixed."""
+        grouped = [part for part in parts if isinstance(part, W4 | AWQ)]
+        if len(grouped) < len(parts) or len({(type(part), part.group_size) for part in grouped}) > 1:
+            return None
+        first = grouped[0]
+        n, k, group = sum(part.out_features for part in grouped), first.in_features, first.group_size
+        form = "zero" if isinstance(first, AWQ) else "bias"
+        if (group, form) not in self._repacks:
+            self._repacks[group, form] = W4Repack(self._library, group, form, self._dtype)
+        repack = self._repacks[group, form]
+        packed = W4Device.zeros(n, k, group, form, self._dtype, self._device.torch_device)
+        row = 0
+        for part in grouped:
+            if isinstance(part, AWQ):
+                repack.from_awq(packed, row, *(self._bytes(array) for array in (part.qweight, part.qzeros, part.scales)))
+            else:
+                repack.from_w4(packed, row, *(self._bytes(array) for array in (part.qweight, part.scale, part.bias)))
+            row += part.out_features
+        repack.count_not_finite(packed, self._bad_scales)
+        linear = Linear(n, k, None, None, None, packed)
+        self._product(linear, "float32" if float32_out else self._dtype)
+        return linear
+
+    def _bytes(self, array: np.ndarray) -> torch.Tensor:
+        """As it is, on the card."""
+        return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self._device.torch_device, copy=True)
+
+    def _product(self, linear: Linear, out_dtype: str) -> W4Matmul:
+        assert linear.packed is not None
+        key = (linear.n, linear.k, linear.packed.group, linear.packed.form, out_dtype)
+        if key not in self._products:
+            self._products[key] = W4Matmul(
+                self._library, *key[:4], self._dtype, cc=self._device.cc, multiprocessors=self._device.multiprocessors,
+                max_m=self._most_packed, out_dtype=out_dtype,
+            )  # fmt: skip
+        return self._products[key]
+
+    def finish(self, config: Config) -> None:
+        """Wait for the uploads, refuse numbers that are not finite, make the dense copies that fit, and the scratch."""
+        if self._finite and not bool(torch.stack(self._finite).all()) or int(self._bad_scales):
+            raise ModelError(
+                "The checkpoint holds a number that is not finite; fetch it again, or load it with engine.device = 'cpu' to learn which."
+            )
+        self._finite.clear()
+        packed = [linear for linear in self._all if linear.packed is not None]
+        products = list(self._products.values())
+        self._scratch = W4Scratch.zeros(
+            max((p.scratch_floats for p in products), default=0), max((p.scratch_counters for p in products), default=0),
+            self._device.torch_device,
+        )  # fmt: skip
+        self._device.give_back()
+        if makes_dense_copy(config, sum(2 * linear.n * linear.k for linear in packed), self._device.memory()[0]):
+            for linear in packed:
+                linear.dense = torch.empty((linear.n, linear.k), **self._place)
+                self._unpack(linear, linear.dense)
+        else:
+            self._moment = torch.empty(max((linear.n * linear.k for linear in packed), default=0), **self._place)
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        return tuple(variant for made in (*self._products.values(), *self._repacks.values()) for variant in made.variants)
+
+    # -- a step ---------------------------------------------------------------------------------------------------------
+
+    def __call__(self, x: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
+        """out [rows, N] = x [rows, K] W^T + b, all in the computing dtype."""
+        if self._takes_packed(linear, len(x)):
+            self._product(linear, self._dtype)(x, linear.packed, out, self._scratch, linear.bias)
+        elif linear.bias16 is None:
+            torch.mm(x, self._dense(linear).T, out=out)
+        else:
+            torch.addmm(linear.bias16, x, self._dense(linear).T, out=out)
+
+    def float32(self, x: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
+        """The same without bias into float32."""
+        if self._takes_packed(linear, len(x)):
+            self._product(linear, "float32")(x, linear.packed, out, self._scratch)
+        else:
+            self._device.matmul_f32(x, self._dense(linear), out)
+
+    def _takes_packed(self, linear: Linear, rows: int) -> bool:
+        return linear.packed is not None and 0 < rows < min(dense_from(self._device.cc, linear.dense is not None), self._most_packed + 1)
+
+    def _dense(self, linear: Linear) -> torch.Tensor:
+        if linear.dense is not None:
+            return linear.dense
+        dense = self._moment[: linear.n * linear.k].view(linear.n, linear.k)
+        self._unpack(linear, dense)
+        return dense
+
+    def _unpack(self, linear: Linear, out: torch.Tensor) -> None:
+        assert linear.packed is not None
+        self._repacks[linear.packed.group, linear.packed.form].dequantize(linear.packed, out)

@@ -8,9 +8,9 @@ in the same or an earlier batch (`cooperative=True` puts the whole grid into one
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,17 @@ import numpy as np
 from tests.ptx.errors import EmulatorError
 from tests.ptx.inline import unfold
 from tests.ptx.machine import DTYPE, Machine, size_of
-from tests.ptx.memory import Memory, Region, Window
+from tests.ptx.memory import GlobalShadow, Memory, Region, Window
 from tests.ptx.parser import Instruction, Kernel, Module, parse
 from tests.ptx.program import Program
 from tests.ptx.registers import propagate, share
 
 __all__ = ["Emulator", "EmulatorError", "Memory"]
 SHARED_LIMIT = 227 * 1024  # of one thread block on sm_90
-PROGRAMS = 4  # bound kernels that one emulator keeps
+PROGRAM_BYTES = 256 << 20  # of the arrays of bound kernels, all emulators together; those used last are kept
 _parsed: dict[str, Module] = {}
+_programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
+_numbers = itertools.count()
 
 
 def parsed(text: str) -> Module:
@@ -48,8 +50,7 @@ class Options:
     def __init__(self, module: Module) -> None:
         self.module = module
         self.conflict_samples = 4
-        self.global_races = False
-        self.global_shadow: Any = None
+        self.global_shadow: GlobalShadow | None = None
         self.conflicts: dict[int, tuple[str, list[float]]] = {}
 
     def conflict(self, instruction: Instruction, ways: float) -> None:
@@ -68,7 +69,7 @@ class Emulator:
         self.module = parsed(text)
         self.kernels = list(self.module.kernels)
         self.stats: dict[str, Any] = {}
-        self._programs: OrderedDict[Any, Program] = OrderedDict()
+        self._number = next(_numbers)
         self._memory = Memory()
         self._variables: list[np.ndarray] = []
         self._symbols = self._place_variables()
@@ -110,8 +111,14 @@ class Emulator:
         batch_lanes: int = 4096,
         step_limit: int = 2_000_000,
         conflict_samples: int = 4,
+        global_races: bool = False,
     ) -> dict[str, Any]:
-        """Run one grid; returns the stats. `races` and `poison` are the checks of shared memory."""
+        """Run one grid; returns the stats.
+
+        `races` and `poison` are the checks of shared memory. `global_races` raises where two thread blocks write the same
+        bytes with plain stores, or one reads what another writes, which only atomics or fences of the kernel's own order:
+        not for kernels that pass data between thread blocks.
+        """
         kernel = self.kernel(name)
         whole_grid, whole_block = three(grid), three(block)
         threads, total = whole_block[0] * whole_block[1] * whole_block[2], whole_grid[0] * whole_grid[1] * whole_grid[2]
@@ -126,6 +133,7 @@ class Emulator:
         machine.options.conflict_samples = conflict_samples
         machine.options.conflicts.clear()
         machine.window = Window(memory, self._memory)
+        machine.options.global_shadow = GlobalShadow(machine.window) if global_races else None
         self._set_params(machine, args)
         machine.stats.update(
             dict.fromkeys(
@@ -141,14 +149,13 @@ class Emulator:
         return self.stats
 
     def _program(self, kernel: Kernel, blocks: int, threads: int, shared_bytes: int) -> Program:
-        key = (kernel.name, blocks, threads, shared_bytes)
-        if key not in self._programs:
-            machine = Machine(kernel, self._symbols, blocks, threads, shared_bytes, Options(self.module))
-            self._programs[key] = Program(machine)
-            while len(self._programs) > PROGRAMS:
-                self._programs.popitem(last=False)
-        self._programs.move_to_end(key)
-        return self._programs[key]
+        key = (self._number, kernel.name, blocks, threads, shared_bytes)
+        if key not in _programs:
+            _programs[key] = Program(Machine(kernel, self._symbols, blocks, threads, shared_bytes, Options(self.module)))
+            while len(_programs) > 1 and sum(program.machine.nbytes for program in _programs.values()) > PROGRAM_BYTES:
+                _programs.popitem(last=False)
+        _programs.move_to_end(key)
+        return _programs[key]
 
     def _set_params(self, machine: Machine, args: Sequence[Any]) -> None:
         """Convert the arguments by the types of the parameters."""
@@ -188,9 +195,3 @@ def three(extent: Sequence[int] | int) -> tuple[int, int, int]:
         raise EmulatorError(f"{extent} is no grid or block: one to three positive numbers")
     x, y, z = (*(int(e) for e in given), 1, 1)[:3]
     return x, y, z
-
-
-@lru_cache(maxsize=64)
-def emulator(text: str) -> Emulator:
-    """The emulator of a text, kept with its bound kernels."""
-    return Emulator(text)

@@ -95,8 +95,15 @@ class Port:
                 raise machine.error(self.instruction, lane, str(out_of_bounds(window, at, wrong, nbytes, write)))
             self.aligned(at, lanes, window.base)
             machine.stats["global_bytes_written" if write else "global_bytes_read"] += nbytes * len(at)
-            if machine.options.global_races and not self.volatile:
-                machine.options.global_shadow.note(machine, self.instruction, at, lanes, nbytes, write)
+            if machine.options.global_shadow is not None and not self.volatile:
+                blocks = machine.index if lanes is None else machine.index[lanes]
+                wrong, other = machine.options.global_shadow.note(at, blocks, nbytes, write)
+                if wrong >= 0:
+                    lane = wrong if lanes is None else int(lanes[wrong])
+                    did = "writes" if write else "reads"
+                    raise machine.error(
+                        self.instruction, lane, f"a race: {did} {int(at[wrong]) + window.base:#x}, which thread block {other} also uses"
+                    )
             return at, window.flat[self.width], window.rows[self.width, self.count]
         if space == "local":
             limit = machine.local_stride
@@ -325,7 +332,7 @@ def atomic(machine: Machine, instruction: Instruction) -> Bound:
         for area, part, chosen, which in port.split(where(lanes), lanes):
             at, flat = locate_atomic(port, area, part, chosen)
             b = [s[lanes if which is None else chosen] for s in sources]
-            old = apply(flat.view(dtype), at >> port.shift, word, function, b)
+            old = apply(flat.view(dtype), at >> port.shift, "sum" if word == "add" and not packed else word, function, b)
             if destination is not None:
                 destination[lanes if which is None else chosen] = old
 
@@ -347,7 +354,7 @@ def locate_atomic(port: Port, space: str, address: Array, lanes: Lanes) -> tuple
 
 def apply(flat: Array, index: Array, word: str, function: Callable[..., Any], b: list[Array]) -> Array:
     """Do the lanes' operations one after the other; those of lanes with addresses of their own all at once."""
-    if word == "add" and flat.dtype.kind in "iu" and len(index) > 8:
+    if word == "sum" and flat.dtype.kind in "iu" and len(index) > 8:
         return add_in_order(flat, index, b[0])
     old = np.empty(len(index), flat.dtype)
     third = b[1] if len(b) > 1 else b[0]

@@ -64,6 +64,12 @@ class Machine:
         self.barriers: Any = None
         self.reads: Any = None
 
+    @property
+    def nbytes(self) -> int:
+        """Of the arrays, about."""
+        arrays = [*self.raw.values(), *self.scratches.values(), *self.shaped.values(), *self.special.values()]
+        return sum(array.nbytes for array in arrays) + 4 * self.shared.data.nbytes + self.local.nbytes
+
     # -- addresses -------------------------------------------------------------------------------------------------------
 
     def _variables(self, dynamic: int) -> None:

@@ -109,6 +109,38 @@ class Window:
         return f"{'writes' if write else 'reads'} {nbytes} bytes at {address:#x}, inside no registered array: {', or '.join(near) or 'there is none'}"
 
 
+class GlobalShadow:
+    """Which thread block wrote and which read each byte of the regions with plain accesses, in one launch."""
+
+    def __init__(self, window: Window) -> None:
+        self.starts, sizes = np.array(window.starts, np.int64), [e - s for s, e in zip(window.starts, window.ends, strict=True)]
+        self.first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self.writer = np.full(int(self.first[-1]), -1, np.int32)
+        self.reader = np.full(int(self.first[-1]), -1, np.int32)
+
+    def note(self, at: np.ndarray, blocks: np.ndarray, nbytes: int, write: bool) -> tuple[int, int]:
+        """(the first access that conflicts with another thread block's, that thread block), or (-1, -1)."""
+        region = np.searchsorted(self.starts, at, side="right") - 1
+        index = (at - self.starts[region] + self.first[region])[:, None] + np.arange(nbytes)
+        mine = np.broadcast_to(blocks.astype(np.int32)[:, None], index.shape)
+        found = self.writer[index]
+        bad = (found >= 0) & (found != mine)
+        if write:
+            read = self.reader[index]
+            found = np.where(bad, found, read)
+            bad |= (read >= 0) & (read != mine)
+            self.writer[index] = mine
+            left = self.writer[index]
+            found = np.where(bad, found, left)
+            bad |= left != mine
+        else:
+            self.reader[index] = mine
+        if not bad.any():
+            return -1, -1
+        wrong = int(np.argmax(bad.any(axis=1)))
+        return wrong, int(found[wrong][np.argmax(bad[wrong])])
+
+
 class _Span:
     """An address range for numpy; holds nothing alive."""
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from config.schema import Config
-from engine.awq import AWQ
 from engine.backend import Dense, Weight
 from engine.cache.layout import KVLayout
 from engine.cuda.all_reduce import one_shot_sum
@@ -29,15 +28,13 @@ from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention
 from engine.cuda.state import State
 from engine.cuda.step import Step
-from engine.errors import ModelError
 from engine.host import usable_cores
 from engine.models.layers import to_dense
 from engine.models.shard import Share, make_shard
 from engine.models.spec import ModelSpec
 from engine.parallel import Ranks
-from engine.plan_cuda import activation_widths, makes_dense_copy
+from engine.plan_cuda import activation_widths
 from engine.step import StepPlan
-from engine.w4 import W4
 
 Array = torch.Tensor
 TILE_TOKENS = 2  # column of a tile: how many tokens it has

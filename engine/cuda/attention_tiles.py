@@ -51,6 +51,7 @@ def sixteen_bits(kv_heads: int, head_dim: int, block_seq_len: int) -> TileCopy:
     lie in one block when it is a multiple of 16, else every piece looks its block up."""
     row = head_dim // 8  # 16-byte pieces of a row
     copies = TILE * row // 32
+    even = 32 % row == 0
     head_bytes = 2 * block_seq_len * head_dim
     block_bytes = 2 * kv_heads * head_bytes
     value_bytes, value_at = kv_heads * head_bytes, TILE * pitch(head_dim)
@@ -65,15 +66,19 @@ def sixteen_bits(kv_heads: int, head_dim: int, block_seq_len: int) -> TileCopy:
     def whole(kv, table, found, head, position, low, stop, to, lane):  # type: ignore[no-untyped-def]
         inside = u32(u32(position) % u32(block_seq_len))
         start = u64(kv + u64(found) * u64(block_bytes) + u64(u32(u32(head) * u32(head_bytes) + inside * u32(2 * head_dim))))
+        source = u64(start + u64(u32(lane * u32(16))))
+        row_0 = u32(lane // u32(row))
+        target_0 = u32(to + u32(lane + row_0) * u32(16))
         for i in range(copies):
-            piece = u32(lane + u32(32 * i))
-            offset = u32(piece // u32(row))
+            if even:  # the same steps for every lane: addresses are one sum and constants
+                offset, target = u32(row_0 + u32(32 // row * i)), u32(target_0 + u32((32 + 32 // row) * 16 * i))
+            else:
+                offset = u32(u32(lane + u32(32 * i)) // u32(row))
+                target = u32(to + u32(lane + u32(32 * i) + offset) * u32(16))
             at = i32(position + i32(offset))
             size = u32(16) if low <= at and at < stop else u32(0)
-            source = u64(start + u64(piece) * u64(16))
-            target = u32(to + u32(piece + offset) * u32(16))
-            copy_16(target, source, size)
-            copy_16(u32(target + u32(value_at)), u64(source + u64(value_bytes)), size)
+            copy_16(target, u64(source + u64(512 * i)), size)
+            copy_16(u32(target + u32(value_at)), u64(source + u64(512 * i + value_bytes)), size)
 
     @cuda.jit(device=True, inline="always")
     def found_later(table, position, stop):  # type: ignore[no-untyped-def]

@@ -48,6 +48,7 @@ LOG2_E = math.log2(math.e)
 MOST_SECTIONS = 32  # of a row: with 8 KV heads, 256 thread blocks can share one sequence
 FEW_SETS = 4  # head sets: with these or fewer, twice as many sections
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+ROW, STRIP, END, BASE, LOW, STOP = range(6)  # what a warp copies next: row, strip, strip to stop before; of that row the rest
 BATCH = 8  # sections whose partials are in flight at a time
 
 
@@ -82,7 +83,7 @@ def paged_decode(
     all_pieces = set_heads * head_dim // 4
     record, record_pairs = record_floats(set_heads, head_dim), set_heads * head_dim
     scale = f32(head_dim**-0.5 * LOG2_E)
-    nothing, zero, one = f32(NOTHING), f32(0.0), f32(1.0)
+    nothing, zero = f32(NOTHING), f32(0.0)
     mma, pack, wait = ptx.MMA[dtype], ptx.PACK[dtype], ptx.COPY_WAIT[stages - 1]
     pool_format = sixteen_bits(kv_heads, head_dim, block_seq_len)
     find_tile, copy_tile = pool_format.find, pool_format.copy
@@ -97,295 +98,297 @@ def paged_decode(
         raise ValueError(f"head_dim {head_dim}: a slot of {slot_bytes} bytes does not hold a warp's sums")
 
     @cuda.jit(device=True, inline="always")
-    def fold(total, top, under, at, values, other_top, other_under, of):  # type: ignore[no-untyped-def]
-        """One section more: (new maximum, new denominator); numerators total[at:at+4] change. Every operation is explicit:
-        both callers must round alike."""
-        new_top = ptx.maximum(top, other_top)
-        keep, add = ptx.exp2(top - new_top), ptx.exp2(other_top - new_top)
-        for j in range(4):
-            total[at + j] = ptx.fma(total[at + j], keep, values[of + j] * add)
-        return new_top, ptx.fma(under, keep, other_under * add)
+    def queue_tile(
+        cursor, table, to, first_row, first_section, last_row, last_stop, tables, table_stride, rows, kv, kv_head, lane, warp, ring
+    ):  # type: ignore[no-untyped-def]
+        """Queue the copy of the warp's next tile, if one is left, and close the group."""
+        if cursor[STRIP] == cursor[END] and cursor[ROW] < last_row:
+            cursor[ROW] = i32(cursor[ROW] + i32(1))
+            at = u64(rows + u64(u32(cursor[ROW])) * u64(4 * ROW_INTS))
+            slot, base, low, stop = ptx.load_128(at)
+            length, _, _, strips = ptx.load_128(u64(at + u64(16)))
+            table[0] = u64(tables + u64(slot) * u64(u32(table_stride)) * u64(4))
+            cursor[BASE], cursor[LOW], cursor[STOP] = i32(base), i32(low), i32(stop)
+            cursor[STRIP] = i32(first_section * i32(length)) if cursor[ROW] == first_row else i32(0)
+            cursor[END] = i32(min(i32(last_stop * i32(length)), i32(strips))) if cursor[ROW] == last_row else i32(strips)
+        if cursor[STRIP] < cursor[END]:
+            position = i32(cursor[BASE] + i32(u32(u32(cursor[STRIP]) * u32(warps) + warp) * u32(TILE)))
+            found = find_tile(table[0], position, cursor[STOP])
+            copy_tile(kv, table[0], found, kv_head, position, cursor[LOW], cursor[STOP], to[0], lane)
+            cursor[STRIP] = i32(cursor[STRIP] + i32(1))
+            to[0] = next_slot(to[0], ring)
+        ptx.copy_commit()
 
     @cuda.jit(device=True, inline="always")
-    def c_row_whole(end, length, row_sections):  # type: ignore[no-untyped-def]
-        """Whether strips up to `end` reach into the row's last section: that section ends the row."""
-        return end > i32(length * i32(row_sections - i32(1)))
+    def next_slot(slot, ring):  # type: ignore[no-untyped-def]
+        after = u32(slot + u32(slot_bytes))
+        return ring if after == u32(ring + u32(ring_bytes)) else after
+
+    @cuda.jit(device=True, inline="always")
+    def load_query(query, q, row, q_stride, first_head, some_heads, lane):  # type: ignore[no-untyped-def]
+        """B fragments of the set's heads; heads that do not exist are zeros."""
+        for n in range(columns):
+            head = u32(u32(lane >> u32(2)) + u32(8 * n))
+            inside = head < some_heads
+            head = u32(first_head + head) if inside else first_head
+            source = u64(q + u64(u32(row)) * u64(u32(q_stride)) * u64(2))
+            source = u64(source + u64(u32(head * u32(2 * head_dim) + u32(lane & u32(3)) * u32(4))))
+            for k in range(steps):
+                a, b = ptx.load_32(u64(source + u64(32 * k))), ptx.load_32(u64(source + u64(32 * k + 16)))
+                query[(n * steps + k) * 2] = a if inside else u32(0)
+                query[(n * steps + k) * 2 + 1] = b if inside else u32(0)
+
+    @cuda.jit(device=True, inline="always")
+    def add_tile(slot, query, sums, top, under, scores, weights, keep, position, low, stop, key_at, data_at):  # type: ignore[no-untyped-def]
+        """One online-softmax step over the 16 positions in `slot`; `position` is that of this lane's first score."""
+        for i in range(score_words):
+            scores[i] = zero
+        for k in range(steps):
+            a0, a1, a2, a3 = ptx.load_matrix_4(u32(slot + key_at + u32(32 * k)))
+            for n in range(columns):
+                i, w = 4 * n, (n * steps + k) * 2
+                scores[i], scores[i + 1], scores[i + 2], scores[i + 3] = mma(
+                    a0, a1, a2, a3, query[w], query[w + 1], scores[i], scores[i + 1], scores[i + 2], scores[i + 3]
+                )
+        near = low <= position and position < stop
+        far = low <= i32(position + i32(8)) and i32(position + i32(8)) < stop
+        for i in range(column_words):
+            w = i // 2 * 4 + i % 2
+            above = scores[w] * scale if near else nothing
+            below = scores[w + 2] * scale if far else nothing
+            most = ptx.maximum(above, below)
+            for distance in lane_steps:
+                most = ptx.maximum(most, ptx.shuffle_xor_f32(most, u32(distance)))
+            most = ptx.maximum(most, top[i])
+            keep[i] = ptx.exp2(top[i] - most)
+            top[i] = most
+            scores[w], scores[w + 2] = ptx.exp2(above - most), ptx.exp2(below - most)
+            under[i] = ptx.fma(under[i], keep[i], scores[w] + scores[w + 2])
+        for n in range(columns):
+            weights[2 * n] = ptx.move_matrix_transposed(pack(scores[4 * n], scores[4 * n + 1]))
+            weights[2 * n + 1] = ptx.move_matrix_transposed(pack(scores[4 * n + 2], scores[4 * n + 3]))
+        for k in range(steps):
+            a0, a1, a2, a3 = ptx.load_matrix_4_transposed(u32(slot + data_at + u32(32 * k)))
+            for n in range(columns):
+                i = (n * steps + k) * 4
+                sums[i], sums[i + 1], sums[i + 2], sums[i + 3] = mma(
+                    a0, a1, a2, a3, weights[2 * n], weights[2 * n + 1],
+                    sums[i] * keep[2 * n], sums[i + 1] * keep[2 * n + 1], sums[i + 2] * keep[2 * n], sums[i + 3] * keep[2 * n + 1],
+                )  # fmt: skip
+
+    @cuda.jit(device=True, inline="always")
+    def leave(slot, sums, top, under, lane):  # type: ignore[no-untyped-def]
+        """Write the warp's sums of a section over the tile it has read last: [set_heads, head_dim + 4], then pairs."""
+        for n in range(columns):
+            for j in range(2):
+                total_under = under[2 * n + j]
+                for distance in lane_steps:
+                    total_under = total_under + ptx.shuffle_xor_f32(total_under, u32(distance))
+                head = u32(u32(lane & u32(3)) * u32(2) + u32(8 * n + j))
+                if head < u32(set_heads):
+                    to = u32(slot + head * u32(left_pitch) + u32(lane >> u32(2)) * u32(4))
+                    for k in range(steps):
+                        i = (n * steps + k) * 4 + j
+                        ptx.store_shared_f32(u32(to + u32(64 * k)), sums[i])
+                        ptx.store_shared_f32(u32(to + u32(64 * k + 32)), sums[i + 2])
+                    if lane < u32(4):
+                        to = u32(slot + u32(pairs_at) + head * u32(8))
+                        ptx.store_shared_64(to, ptx.bits_of_float(top[2 * n + j]), ptx.bits_of_float(total_under))
+
+    @cuda.jit(device=True, inline="always")
+    def join(left, head, part, joined):  # type: ignore[no-untyped-def]
+        """joined = numerators 4 part .. of a head over all warps' sums, the first at `left`: (maximum, denominator)."""
+        pair = u32(left + u32(pairs_at) + head * u32(8))
+        most = nothing
+        for w in range(warps):
+            most = ptx.maximum(most, ptx.load_shared_f32(u32(pair + u32(ring_bytes * w))))
+        total_under = zero
+        for j in range(4):
+            joined[j] = zero
+        source = u32(left + head * u32(left_pitch) + part * u32(16))
+        for w in range(warps):
+            b0, b1 = ptx.load_shared_64(u32(pair + u32(ring_bytes * w)))
+            weight = ptx.exp2(ptx.float_of_bits(b0) - most)
+            total_under = ptx.fma(ptx.float_of_bits(b1), weight, total_under)
+            a0, a1, a2, a3 = ptx.load_shared_128(u32(source + u32(ring_bytes * w)))
+            joined[0] = ptx.fma(ptx.float_of_bits(a0), weight, joined[0])
+            joined[1] = ptx.fma(ptx.float_of_bits(a1), weight, joined[1])
+            joined[2] = ptx.fma(ptx.float_of_bits(a2), weight, joined[2])
+            joined[3] = ptx.fma(ptx.float_of_bits(a3), weight, joined[3])
+        return most, total_under
+
+    @cuda.jit(device=True, inline="always")
+    def fold(total, tops, unders, i, values, of, other_top, other_under):  # type: ignore[no-untyped-def]
+        """Piece i of the row and one section more. Every operation is explicit: the two callers must round alike."""
+        most = ptx.maximum(tops[i], other_top)
+        kept, added = ptx.exp2(tops[i] - most), ptx.exp2(other_top - most)
+        tops[i] = most
+        unders[i] = ptx.fma(unders[i], kept, other_under * added)
+        for j in range(4):
+            total[4 * i + j] = ptx.fma(total[4 * i + j], kept, values[of + j] * added)
+
+    @cuda.jit(device=True, inline="always")
+    def fold_partials(start, row_sections, piece, total, tops, unders, i, values, pairs):  # type: ignore[no-untyped-def]
+        """Piece i of a row that shares divide, from its sections' records at `start`."""
+        head = u32(piece // u32(head_dim // 4))
+        section = i32(0)
+        while section < row_sections:
+            for b in range(batch):
+                of = i32(min(i32(section + i32(b)), i32(row_sections - i32(1))))
+                source = u64(start + u64(u32(of)) * u64(4 * record))
+                a0, a1, a2, a3 = ptx.load_128(u64(source + u64(piece) * u64(16)))
+                b0, b1 = ptx.load_64(u64(source + u64(4 * record_pairs) + u64(head) * u64(8)))
+                values[4 * b], values[4 * b + 1] = ptx.float_of_bits(a0), ptx.float_of_bits(a1)
+                values[4 * b + 2], values[4 * b + 3] = ptx.float_of_bits(a2), ptx.float_of_bits(a3)
+                pairs[2 * b], pairs[2 * b + 1] = ptx.float_of_bits(b0), ptx.float_of_bits(b1)
+            for b in range(batch):
+                if i32(section + i32(b)) < row_sections:
+                    fold(total, tops, unders, i, values, 4 * b, pairs[2 * b], pairs[2 * b + 1])
+            section = i32(section + i32(batch))
+
+    @cuda.jit(device=True, inline="always")
+    def arrive(counter, done, of, flag, thread):  # type: ignore[no-untyped-def]
+        """Whether `done` sections more make `of`, the same answer in all threads; what others wrote of the row is then seen."""
+        ptx.fence_device()
+        cuda.syncthreads()
+        if thread == u32(0):
+            before = ptx.add_counter(counter, done)
+            last = u32(0)
+            if u32(before + done) == u32(of):
+                last = u32(1)
+                ptx.store_32(counter, u32(0))
+            ptx.store_shared_32(flag, last)
+        cuda.syncthreads()
+        ready = ptx.load_shared_32(flag) == u32(1)
+        if ready:
+            ptx.fence_device()
+        return ready
 
     def kernel(q, q_stride, kv, tables, table_stride, shares, rows, partials, counters, out):  # type: ignore[no-untyped-def]
         shared = ptx.to_shared(ptx.generic_address(cuda.shared.array(0, u32)))
-        query = cuda.local.array(query_words, u32)
-        sums = cuda.local.array(fragments, f32)
-        scores = cuda.local.array(score_words, f32)
-        top = cuda.local.array(column_words, f32)
-        under = cuda.local.array(column_words, f32)
-        keep = cuda.local.array(column_words, f32)
-        weights = cuda.local.array(column_words, u32)
-        total = cuda.local.array(totals, f32)
-        total_top = cuda.local.array(pieces, f32)
-        total_under = cuda.local.array(pieces, f32)
-        part = cuda.local.array(4, f32)
-        batch_values = cuda.local.array(batch_totals, f32)
-        batch_sums = cuda.local.array(batch_pairs, f32)
+        query, weights = cuda.local.array(query_words, u32), cuda.local.array(column_words, u32)
+        sums, scores = cuda.local.array(fragments, f32), cuda.local.array(score_words, f32)
+        top, under, keep = cuda.local.array(column_words, f32), cuda.local.array(column_words, f32), cuda.local.array(column_words, f32)
+        total, joined = cuda.local.array(totals, f32), cuda.local.array(4, f32)
+        total_top, total_under = cuda.local.array(pieces, f32), cuda.local.array(pieces, f32)
+        values, pairs = cuda.local.array(batch_totals, f32), cuda.local.array(batch_pairs, f32)
+        cursor, table, to = cuda.local.array(6, i32), cuda.local.array(1, u64), cuda.local.array(1, u32)
 
         thread = u32(cuda.threadIdx.x)
         lane, warp = u32(thread & u32(31)), u32(thread >> u32(5))
-        lane_row, lane_pair = u32(lane >> u32(2)), u32(lane & u32(3))
-        block = u32(cuda.blockIdx.x)
-        share = u32(block // u32(sets))
-        head_set = u32(block - share * u32(sets))
+        share = u32(u32(cuda.blockIdx.x) // u32(sets))
+        head_set = u32(u32(cuda.blockIdx.x) - share * u32(sets))
         kv_head = u32(head_set // u32(sets_of_kv))
-        first_head = u32(u32(head_set - kv_head * u32(sets_of_kv)) * u32(set_heads))
-        some_heads = u32(min(u32(set_heads), u32(u32(group) - first_head)))
-        first_head = u32(first_head + kv_head * u32(group))
+        of_kv = u32(u32(head_set - kv_head * u32(sets_of_kv)) * u32(set_heads))
+        some_heads, first_head = u32(min(u32(set_heads), u32(u32(group) - of_kv))), u32(kv_head * u32(group) + of_kv)
         kv_address, tables_address, rows_address = ptx.address(kv), ptx.address(tables), ptx.address(rows)
-        ring = u32(shared + warp * u32(ring_bytes))
+        own = u32(warp + u32(1))  # the warp's barrier
+        ring, flag = u32(shared + warp * u32(ring_bytes)), u32(shared + u32(flag_at))
         # where this lane's ldmatrix addresses point in a tile: K row (lane & 7) + 8 (lane bit 3), V row (lane & 7) + 8 (bit 4)
-        lane_8, lane_bit_3, lane_bit_4 = u32(lane & u32(7)), u32(u32(lane >> u32(3)) & u32(1)), u32(lane >> u32(4))
-        key_at = u32(u32(lane_8 + lane_bit_3 * u32(8)) * u32(row_pitch) + lane_bit_4 * u32(16))
-        data_at = u32(u32(lane_8 + lane_bit_4 * u32(8)) * u32(row_pitch) + lane_bit_3 * u32(16) + u32(value_at))
+        lane_8, bit_3, bit_4 = u32(lane & u32(7)), u32(u32(lane >> u32(3)) & u32(1)), u32(lane >> u32(4))
+        key_at = u32(u32(lane_8 + bit_3 * u32(8)) * u32(row_pitch) + bit_4 * u32(16))
+        data_at = u32(u32(lane_8 + bit_4 * u32(8)) * u32(row_pitch) + bit_3 * u32(16) + u32(value_at))
 
         s0, s1, s2, s3 = ptx.load_128(u64(ptx.address(shares) + u64(share) * u64(4 * SHARE_INTS)))
         first_row, first_section, last_row, last_stop = i32(s0), i32(s1), i32(s2), i32(s3)
         if last_row < first_row:
             return
+        cursor[ROW], cursor[STRIP], cursor[END] = i32(first_row - i32(1)), i32(0), i32(0)
+        cursor[BASE], cursor[LOW], cursor[STOP], table[0], to[0] = i32(0), i32(0), i32(1), tables_address, ring
+        ahead = i32(0)
+        while ahead < i32(stages - 1):
+            queue_tile(
+                cursor, table, to, first_row, first_section, last_row, last_stop, tables_address, table_stride, rows_address, kv_address,
+                kv_head, lane, warp, ring,
+            )  # fmt: skip
+            ahead = i32(ahead + i32(1))
 
-        # p_: what is copied next, c_: what is computed next
-        p_row, p_strip, p_end = i32(first_row - i32(1)), i32(0), i32(0)
-        p_base, p_low, p_stop = i32(0), i32(0), i32(1)
-        p_table = tables_address
-        p_slot = ring
-        c_row, c_strip, c_end, c_left = i32(first_row - i32(1)), i32(0), i32(0), i32(0)
-        c_base, c_low, c_stop = i32(0), i32(0), i32(1)
-        c_length, c_sections, c_share, c_section, c_first = i32(1), i32(1), u32(0), i32(0), i32(0)
-        c_slot = ring
-        ring_end = u32(ring + u32(ring_bytes))
-        waiting = i32(stages - 1)
+        slot = ring
+        row = first_row
+        while row <= last_row:
+            at = u64(rows_address + u64(u32(row)) * u64(4 * ROW_INTS))
+            _, r1, r2, r3 = ptx.load_128(at)
+            r4, r5, owner, r7 = ptx.load_128(u64(at + u64(16)))
+            low, stop, length, row_sections = i32(r2), i32(r3), i32(r4), i32(r5)
+            section = first_section if row == first_row else i32(0)
+            section_stop = last_stop if row == last_row else row_sections
+            begun = section
+            whole = begun == i32(0) and section_stop == row_sections
+            owner = u32(owner * u32(sets) + head_set)
+            records = u64(ptx.address(partials) + u64(u32(owner * u32(sections))) * u64(4 * record))
+            load_query(query, ptx.address(q), row, q_stride, first_head, some_heads, lane)
+            for i in range(pieces):
+                total_top[i], total_under[i] = nothing, zero
+            for i in range(totals):
+                total[i] = zero
 
-        while c_strip < c_end or c_row < last_row:
-            if p_strip == p_end and p_row < last_row:
-                p_row = i32(p_row + i32(1))
-                at = u64(rows_address + u64(u32(p_row)) * u64(4 * ROW_INTS))
-                r0, r1, r2, r3 = ptx.load_128(at)
-                r4, r5, r6, r7 = ptx.load_128(u64(at + u64(16)))
-                p_table = u64(tables_address + u64(u32(r0)) * u64(u32(table_stride)) * u64(4))
-                p_base, p_low, p_stop = i32(r1), i32(r2), i32(r3)
-                p_strip, p_end = i32(0), i32(r7)
-                if p_row == first_row:
-                    p_strip = i32(first_section * i32(r4))
-                if p_row == last_row:
-                    p_end = i32(min(i32(last_stop * i32(r4)), p_end))
-            if p_strip < p_end:
-                position = i32(p_base + i32(u32(u32(p_strip) * u32(warps) + warp) * u32(TILE)))
-                found = find_tile(p_table, position, p_stop)
-                copy_tile(kv_address, p_table, found, kv_head, position, p_low, p_stop, p_slot, lane)
-                p_strip = i32(p_strip + i32(1))
-                p_slot = u32(p_slot + u32(slot_bytes))
-                if p_slot == ring_end:
-                    p_slot = ring
-            ptx.copy_commit()
-            if waiting > i32(0):
-                waiting = i32(waiting - i32(1))
-                continue
-
-            if c_strip == c_end:
-                c_row = i32(c_row + i32(1))
-                at = u64(rows_address + u64(u32(c_row)) * u64(4 * ROW_INTS))
-                r0, r1, r2, r3 = ptx.load_128(at)
-                r4, r5, r6, r7 = ptx.load_128(u64(at + u64(16)))
-                c_base, c_low, c_stop, c_length = i32(r1), i32(r2), i32(r3), i32(r4)
-                c_sections, c_share = i32(r5), r6
-                c_strip, c_end, c_section = i32(0), i32(r7), i32(0)
-                if c_row == first_row:
-                    c_strip, c_section = i32(first_section * c_length), first_section
-                if c_row == last_row:
-                    c_end = i32(min(i32(last_stop * c_length), c_end))
-                c_first = c_section
-                c_left = i32(min(c_length, i32(c_end - c_strip)))
-                for n in range(columns):
-                    head = u32(lane_row + u32(8 * n))
-                    inside = head < some_heads
-                    head = u32(first_head + head) if inside else first_head
-                    source = u64(
-                        ptx.address(q)
-                        + u64(u32(c_row)) * u64(u32(q_stride)) * u64(2)
-                        + u64(u32(head * u32(2 * head_dim) + lane_pair * u32(4)))
-                    )
-                    for k in range(steps):
-                        a, b = ptx.load_32(u64(source + u64(32 * k))), ptx.load_32(u64(source + u64(32 * k + 16)))
-                        query[(n * steps + k) * 2] = a if inside else u32(0)
-                        query[(n * steps + k) * 2 + 1] = b if inside else u32(0)
-                for i in range(pieces):
-                    total_top[i], total_under[i] = nothing, zero
-                for i in range(totals):
-                    total[i] = zero
+            while section < section_stop:
                 for i in range(column_words):
                     top[i], under[i] = nothing, zero
                 for i in range(fragments):
                     sums[i] = zero
-
-            wait()
-            ptx.warp_barrier()
-            # scores of 16 positions
-            for i in range(score_words):
-                scores[i] = zero
-            for k in range(steps):
-                a0, a1, a2, a3 = ptx.load_matrix_4(u32(c_slot + key_at + u32(32 * k)))
-                for n in range(columns):
-                    b0, b1 = query[(n * steps + k) * 2], query[(n * steps + k) * 2 + 1]
-                    scores[4 * n], scores[4 * n + 1], scores[4 * n + 2], scores[4 * n + 3] = mma(
-                        a0, a1, a2, a3, b0, b1, scores[4 * n], scores[4 * n + 1], scores[4 * n + 2], scores[4 * n + 3]
-                    )
-            position = i32(c_base + i32(u32(u32(c_strip) * u32(warps) + warp) * u32(TILE) + lane_row))
-            near = c_low <= position and position < c_stop
-            far = c_low <= i32(position + i32(8)) and i32(position + i32(8)) < c_stop
-            for n in range(columns):
-                for j in range(2):
-                    above = scores[4 * n + j] * scale if near else nothing
-                    below = scores[4 * n + j + 2] * scale if far else nothing
-                    most = ptx.maximum(above, below)
-                    for distance in lane_steps:
-                        most = ptx.maximum(most, ptx.shuffle_xor_f32(most, u32(distance)))
-                    most = ptx.maximum(most, top[2 * n + j])
-                    kept = ptx.exp2(top[2 * n + j] - most)
-                    above, below = ptx.exp2(above - most), ptx.exp2(below - most)
-                    top[2 * n + j], keep[2 * n + j] = most, kept
-                    under[2 * n + j] = ptx.fma(under[2 * n + j], kept, above + below)
-                    scores[4 * n + j], scores[4 * n + j + 2] = above, below
-                weights[2 * n] = ptx.move_matrix_transposed(pack(scores[4 * n], scores[4 * n + 1]))
-                weights[2 * n + 1] = ptx.move_matrix_transposed(pack(scores[4 * n + 2], scores[4 * n + 3]))
-            for k in range(steps):
-                a0, a1, a2, a3 = ptx.load_matrix_4_transposed(u32(c_slot + data_at + u32(32 * k)))
-                for n in range(columns):
-                    at_sum = (n * steps + k) * 4
-                    sums[at_sum], sums[at_sum + 1], sums[at_sum + 2], sums[at_sum + 3] = mma(
-                        a0, a1, a2, a3, weights[2 * n], weights[2 * n + 1],
-                        sums[at_sum] * keep[2 * n], sums[at_sum + 1] * keep[2 * n + 1],
-                        sums[at_sum + 2] * keep[2 * n], sums[at_sum + 3] * keep[2 * n + 1],
+                strip = i32(section * length)
+                strip_stop = i32(min(i32(strip + length), i32(r7)))
+                position = i32(i32(r1) + i32(u32(u32(strip) * u32(warps) + warp) * u32(TILE) + u32(lane >> u32(2))))
+                read = slot
+                while strip < strip_stop:
+                    queue_tile(
+                        cursor, table, to, first_row, first_section, last_row, last_stop, tables_address, table_stride, rows_address,
+                        kv_address, kv_head, lane, warp, ring,
                     )  # fmt: skip
-            ptx.warp_barrier()
-            c_strip = i32(c_strip + i32(1))
-            c_left = i32(c_left - i32(1))
+                    wait()
+                    ptx.some_barrier(own, u32(32))
+                    add_tile(slot, query, sums, top, under, scores, weights, keep, position, low, stop, key_at, data_at)
+                    ptx.some_barrier(own, u32(32))
+                    position = i32(position + i32(warps * TILE))
+                    read = slot
+                    slot = next_slot(slot, ring)
+                    strip = i32(strip + i32(1))
 
-            if c_left == i32(0):
-                # the section is over: each warp leaves its sums in the slot it has just read
-                for n in range(columns):
-                    for j in range(2):
-                        sum_under = under[2 * n + j]
-                        for distance in lane_steps:
-                            sum_under = sum_under + ptx.shuffle_xor_f32(sum_under, u32(distance))
-                        head = u32(lane_pair * u32(2) + u32(8 * n + j))
-                        if head < u32(set_heads):
-                            to = u32(c_slot + head * u32(left_pitch) + lane_row * u32(4))
-                            for k in range(steps):
-                                ptx.store_shared_f32(u32(to + u32(64 * k)), sums[(n * steps + k) * 4 + j])
-                                ptx.store_shared_f32(u32(to + u32(64 * k + 32)), sums[(n * steps + k) * 4 + j + 2])
-                            if lane_row == u32(0):
-                                to = u32(c_slot + u32(pairs_at) + head * u32(8))
-                                ptx.store_shared_64(to, ptx.bits_of_float(top[2 * n + j]), ptx.bits_of_float(sum_under))
-                for i in range(column_words):
-                    top[i], under[i] = nothing, zero
-                for i in range(fragments):
-                    sums[i] = zero
+                leave(read, sums, top, under, lane)
                 cuda.syncthreads()
-                left = u32(c_slot - warp * u32(ring_bytes))
-                whole = c_first == i32(0) and c_row_whole(c_end, c_length, c_sections)
+                left = u32(read - warp * u32(ring_bytes))
                 for i in range(pieces):
                     piece = u32(thread + u32(threads * i))
                     if piece < u32(all_pieces):
                         head = u32(piece // u32(head_dim // 4))
-                        pair = u32(left + u32(pairs_at) + head * u32(8))
-                        most = nothing
-                        for w in range(warps):
-                            most = ptx.maximum(most, ptx.load_shared_f32(u32(pair + u32(ring_bytes * w))))
-                        part_under = zero
-                        for j in range(4):
-                            part[j] = zero
-                        source = u32(left + head * u32(left_pitch) + u32(piece - head * u32(head_dim // 4)) * u32(16))
-                        for w in range(warps):
-                            b0, b1 = ptx.load_shared_64(u32(pair + u32(ring_bytes * w)))
-                            weight = ptx.exp2(ptx.float_of_bits(b0) - most)
-                            part_under = ptx.fma(ptx.float_of_bits(b1), weight, part_under)
-                            a0, a1, a2, a3 = ptx.load_shared_128(u32(source + u32(ring_bytes * w)))
-                            part[0] = ptx.fma(ptx.float_of_bits(a0), weight, part[0])
-                            part[1] = ptx.fma(ptx.float_of_bits(a1), weight, part[1])
-                            part[2] = ptx.fma(ptx.float_of_bits(a2), weight, part[2])
-                            part[3] = ptx.fma(ptx.float_of_bits(a3), weight, part[3])
+                        part = u32(piece - head * u32(head_dim // 4))
+                        joined_top, joined_under = join(left, head, part, joined)
                         if whole:
-                            total_top[i], total_under[i] = fold(total, total_top[i], total_under[i], 4 * i, part, most, part_under, 0)
+                            fold(total, total_top, total_under, i, joined, 0, joined_top, joined_under)
                         else:
-                            record_at = u32(u32(c_share * u32(sets) + head_set) * u32(sections) + u32(c_section))
-                            to = u64(ptx.address(partials) + u64(record_at) * u64(4 * record))
+                            target = u64(records + u64(u32(section)) * u64(4 * record))
                             ptx.store_128(
-                                u64(to + u64(piece) * u64(16)),
-                                ptx.bits_of_float(part[0]), ptx.bits_of_float(part[1]),
-                                ptx.bits_of_float(part[2]), ptx.bits_of_float(part[3]),
+                                u64(target + u64(piece) * u64(16)), ptx.bits_of_float(joined[0]), ptx.bits_of_float(joined[1]),
+                                ptx.bits_of_float(joined[2]), ptx.bits_of_float(joined[3]),
                             )  # fmt: skip
-                            if u32(piece - head * u32(head_dim // 4)) == u32(0):
-                                to = u64(to + u64(4 * record_pairs) + u64(head) * u64(8))
-                                ptx.store_64(to, ptx.bits_of_float(most), ptx.bits_of_float(part_under))
-                c_section = i32(c_section + i32(1))
-                c_left = i32(min(c_length, i32(c_end - c_strip)))
-                cuda.syncthreads()
+                            if part == u32(0):
+                                target = u64(target + u64(4 * record_pairs) + u64(head) * u64(8))
+                                ptx.store_64(target, ptx.bits_of_float(joined_top), ptx.bits_of_float(joined_under))
+                cuda.syncthreads()  # the slot may be filled again
+                section = i32(section + i32(1))
 
-                if c_strip == c_end:
-                    # this share's part of the row is over
-                    ready = whole
-                    if not whole:
-                        ptx.fence_device()
-                        cuda.syncthreads()
-                        counter = u64(ptx.address(counters) + u64(u32(c_share * u32(sets) + head_set)) * u64(4))
-                        if thread == u32(0):
-                            done = u32(c_section - c_first)
-                            before = ptx.add_counter(counter, done)
-                            last = u32(0)
-                            if u32(before + done) == u32(c_sections):
-                                last = u32(1)
-                                ptx.store_32(counter, u32(0))
-                            ptx.store_shared_32(u32(shared + u32(flag_at)), last)
-                        cuda.syncthreads()
-                        ready = ptx.load_shared_32(u32(shared + u32(flag_at))) == u32(1)
-                        if ready:
-                            ptx.fence_device()
-                            start = u64(
-                                ptx.address(partials) + u64(u32(u32(c_share * u32(sets) + head_set) * u32(sections))) * u64(4 * record)
-                            )
-                            for i in range(pieces):
-                                piece = u32(thread + u32(threads * i))
-                                if piece < u32(all_pieces):
-                                    head = u32(piece // u32(head_dim // 4))
-                                    section = i32(0)
-                                    while section < c_sections:
-                                        for b in range(batch):
-                                            of = i32(min(i32(section + i32(b)), i32(c_sections - i32(1))))
-                                            source = u64(start + u64(u32(of)) * u64(4 * record))
-                                            a0, a1, a2, a3 = ptx.load_128(u64(source + u64(piece) * u64(16)))
-                                            b0, b1 = ptx.load_64(u64(source + u64(4 * record_pairs) + u64(head) * u64(8)))
-                                            batch_values[4 * b], batch_values[4 * b + 1] = ptx.float_of_bits(a0), ptx.float_of_bits(a1)
-                                            batch_values[4 * b + 2], batch_values[4 * b + 3] = ptx.float_of_bits(a2), ptx.float_of_bits(a3)
-                                            batch_sums[2 * b] = ptx.float_of_bits(b0)
-                                            batch_sums[2 * b + 1] = ptx.float_of_bits(b1)
-                                        for b in range(batch):
-                                            if i32(section + i32(b)) < c_sections:
-                                                total_top[i], total_under[i] = fold(
-                                                    total, total_top[i], total_under[i], 4 * i, batch_values, batch_sums[2 * b],
-                                                    batch_sums[2 * b + 1], 4 * b,
-                                                )  # fmt: skip
-                                        section = i32(section + i32(batch))
-                    if ready:
-                        for i in range(pieces):
-                            piece = u32(thread + u32(threads * i))
-                            head = u32(piece // u32(head_dim // 4))
-                            if head < some_heads:
-                                inverse = one / total_under[i]
-                                to = u64(ptx.address(out) + u64(u32(c_row)) * u64(2 * out_stride) + u64(first_head) * u64(2 * head_dim))
-                                ptx.store_64(
-                                    u64(to + u64(piece) * u64(8)),
-                                    pack(total[4 * i] * inverse, total[4 * i + 1] * inverse),
-                                    pack(total[4 * i + 2] * inverse, total[4 * i + 3] * inverse),
-                                )  # fmt: skip
-            c_slot = u32(c_slot + u32(slot_bytes))
-            if c_slot == ring_end:
-                c_slot = ring
+            ready = whole
+            if not whole:
+                counter = u64(ptx.address(counters) + u64(owner) * u64(4))
+                ready = arrive(counter, u32(section_stop - begun), row_sections, flag, thread)
+                if ready:
+                    for i in range(pieces):
+                        piece = u32(thread + u32(threads * i))
+                        if piece < u32(all_pieces):
+                            fold_partials(records, row_sections, piece, total, total_top, total_under, i, values, pairs)
+            if ready:
+                target = u64(ptx.address(out) + u64(u32(row)) * u64(2 * out_stride) + u64(u32(first_head * u32(2 * head_dim))))
+                for i in range(pieces):
+                    piece = u32(thread + u32(threads * i))
+                    if u32(piece // u32(head_dim // 4)) < some_heads:
+                        inverse = ptx.reciprocal(total_under[i])
+                        ptx.store_64(
+                            u64(target + u64(piece) * u64(8)),
+                            pack(total[4 * i] * inverse, total[4 * i + 1] * inverse),
+                            pack(total[4 * i + 2] * inverse, total[4 * i + 3] * inverse),
+                        )  # fmt: skip
+            row = i32(row + i32(1))
 
     arguments = (HALVES, i32, HALVES, INTS, i32, INTS, INTS, FLOATS, WORDS, HALVES)
     return Kernel(kernel, arguments, threads, warps * ring_bytes + 16, blocks)

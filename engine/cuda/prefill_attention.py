@@ -232,7 +232,7 @@ def prefill(
                 c_slot = u32(shared + u32(query_bytes))
 
         # the answer, through the warp's own rows of Q so that it leaves in 16-byte pieces
-        ptx.warp_barrier()
+        ptx.some_barrier(u32(warp + u32(1)), u32(32))
         for m in range(tiles):
             for h in range(2):
                 total = under[2 * m + h]
@@ -243,7 +243,7 @@ def prefill(
                 for d in range(2 * steps):
                     o = (m * steps * 2 + d) * 4 + 2 * h
                     ptx.store_shared_32(u32(to + u32(16 * d)), pack(sums[o] * inverse, sums[o + 1] * inverse))
-        ptx.warp_barrier()
+        ptx.some_barrier(u32(warp + u32(1)), u32(32))
         for i in range(query_copies):
             piece = u32(lane + u32(32 * i))
             row = u32(piece // u32(pieces))

@@ -39,7 +39,7 @@ DECODE: dict[tuple[int, int], dict[int, DecodeShape]] = {
 }
 PROMPT: dict[tuple[int, int], dict[int, PromptShape]] = {
     (9, 0): {64: PromptShape(4, 2, 64, 2, 2), 128: PromptShape(4, 2, 64, 2, 2), 256: PromptShape(4, 1, 32, 2, 1)},
-    (8, 0): {64: PromptShape(4, 2, 64, 2, 2), 128: PromptShape(4, 2, 32, 2, 1), 256: PromptShape(4, 1, 32, 2, 1)},
+    (8, 0): {64: PromptShape(4, 2, 64, 2, 2), 128: PromptShape(8, 1, 64, 2, 1), 256: PromptShape(4, 1, 32, 2, 1)},
     (8, 6): {64: PromptShape(4, 1, 64, 2, 1), 128: PromptShape(4, 1, 32, 2, 1), 256: PromptShape(4, 1, 16, 2, 1)},
 }
 SAME_AS = {(8, 7): (8, 6), (8, 9): (8, 6)}  # the same shared memory a multiprocessor, or near it

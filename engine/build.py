@@ -44,11 +44,10 @@ def session_len(config: Config, spec: ModelSpec) -> int:
     Dynamic NTK can go `factor` times further, but is evaluated once for this length and bends short prompts too, so it
     is used only by who asks for it.
     """
-    limit = int(spec.max_position * max(spec.rope.factor, 1.0)) if spec.rope.kind == "dynamic" else spec.max_position
     wanted = config.engine.session_len or spec.max_position
-    if wanted > limit:
+    if wanted > spec.longest:
         raise ConfigError(
-            f"engine.session_len is {wanted}, but the model was made for {limit} tokens; lower it or set engine.rope_scaling_factor."
+            f"engine.session_len is {wanted}, but the model was made for {spec.longest} tokens; lower it or set engine.rope_scaling_factor."
         )
     return wanted
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.cuda.attention_portable import PortableAttention
 from engine.cuda.ceilings import SHAPES, Nothing, Read
 from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
@@ -21,6 +23,9 @@ from engine.cuda.kv_store import RopeStore
 from engine.cuda.launch import Kernel, Library, Variant, assemble, to_ptx
 from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention
+from engine.cuda.sampling import GpuSampler
+from engine.cuda.w4_matmul import W4Matmul
+from engine.cuda.w4_repack import W4Repack
 
 OLDEST_MMA = (8, 0)
 MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132}  # T4, A100, RTX 3090, RTX 4090, H200: decides grids, and with them variants
@@ -66,6 +71,11 @@ class _NoDevice:
         self.cc = (sm // 10, sm % 10)
         self.multiprocessors = MULTIPROCESSORS.get(sm, 100)
 
+    torch_device = torch.device("cpu")
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
     def load(self, image: bytes, entry: str, kernel: Kernel) -> Callable[..., None]:
         raise RuntimeError("there is no card here")
 
@@ -75,6 +85,7 @@ def operations(library: Library, device: _NoDevice, model: Model, dtype: str) ->
     m = model
     yield from (RmsNorm(library, m.hidden, dtype), AddRmsNorm(library, m.hidden, dtype), SiluMul(library, m.inner, dtype))
     yield from (Embed(library, m.hidden), TakeRows(library, m.hidden), ApplyUpdates(library))
+    yield GpuSampler(library, device, 1, m.vocab)
     yield RopeStore(library, m.heads, m.kv_heads, m.head_dim, m.head_dim, m.block_seq_len, dtype, qk_norm=m.qk_norm)
     if device.cc < OLDEST_MMA:
         yield PortableAttention(library, m.heads, m.kv_heads, m.head_dim, m.block_seq_len, window=m.window)
@@ -82,6 +93,13 @@ def operations(library: Library, device: _NoDevice, model: Model, dtype: str) ->
     place = (library, m.heads, m.kv_heads, m.head_dim, m.block_seq_len, dtype)
     yield PagedDecode(*place, 256, device.multiprocessors, device.cc, window=m.window)
     yield PrefillAttention(*place, device.multiprocessors, device.cc, window=m.window)
+    q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    for n, k in ((q + 2 * kv, m.hidden), (m.hidden, q), (2 * m.inner, m.hidden), (m.hidden, m.inner)):
+        for form in ("zero", "bias"):
+            if k % m.group == 0:
+                card = {"cc": device.cc, "multiprocessors": device.multiprocessors, "max_m": 256}
+                yield W4Matmul(library, n, k, m.group, form, dtype, **card)
+    yield from (W4Repack(library, m.group, form, dtype) for form in ("zero", "bias"))
 
 
 def variants(sm: int, models: Sequence[Model] = MODELS) -> list[Variant]:

@@ -27,7 +27,10 @@ from engine.cuda.launch import Library
 from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention
 from engine.cuda.sampling import GpuSampler
-from engine.cuda.w4_matmul import W4Matmul
+from engine.cuda.tuning import dense_from, packed_bytes
+from engine.cuda.w4_layout import W4Device
+from engine.cuda.w4_matmul import W4Matmul, W4Scratch
+from engine.cuda.w4_repack import W4Repack
 from engine.sampler import Sampler
 from engine.sequence import SamplingParams
 from engine.step import Admit
@@ -167,59 +170,47 @@ class CudaBench:
 
     # -- products ---------------------------------------------------------------------------------------------------------
 
-    def random_awq(self, n: int, k: int) -> awq.AWQ:
-        groups = k // self.shapes.group
-        words = self.rng.integers(0, 1 << 32, (k, n // 8), np.uint32).view(np.int32)
-        zeros = self.rng.integers(0, 1 << 32, (groups, n // 8), np.uint32).view(np.int32)
-        return awq.AWQ(words, zeros, (self.rng.random((groups, n)) * 0.002 + 0.003).astype(np.float16))
-
     def products(self) -> None:
-        """The four 4-bit products: our kernel, a dense copy, a dense copy made for the moment; the layer takes what the engine would."""
-        totals: dict[int, float] = dict.fromkeys(self.shapes.rows, 0.0)
+        """The four 4-bit products: our kernel, a 16-bit copy, a 16-bit copy made for the moment; a layer takes what the engine would."""
+        ours, copy = (dict.fromkeys(self.shapes.rows, 0.0) for _ in range(2))
         for name, n, k in self.shapes.products:
-            self._product(name, n, k, totals)
-        for m, seconds in totals.items():
-            self.w4_layer_us[str(m)] = seconds * 1e6
-            marlin, bar = peers.W4_LAYER["Marlin"].get(m), peers.W4_BARS.get(m)
-            print(f"layer total, {m:5} rows {seconds * 1e6:10.2f} us   bar {bar}   Marlin {marlin}", flush=True)
+            self._product(name, n, k, ours, copy)
+        first = dense_from(self.device.cc, resident=True)
+        for m in self.shapes.rows:
+            taken = copy[m] if m >= first else ours[m]
+            self.w4_layer_us[str(m)] = taken * 1e6
+            peer, bar = peers.W4_LAYER["Marlin"].get(m), peers.W4_BARS.get(m)
+            both = f"4-bit {ours[m] * 1e6:.1f}, 16-bit copy {copy[m] * 1e6:.1f}"
+            print(f"layer total, {m:5} rows {taken * 1e6:10.2f} us   ({both})   bar {bar}   Marlin {peer}", flush=True)
+        faster = [m for m in self.shapes.rows if copy[m] < ours[m]]
+        print(f"the 16-bit copy is the faster one at {faster} rows; the table says from {first}", flush=True)
 
-    def _product(self, name: str, n: int, k: int, totals: dict[int, float]) -> None:
-        op = W4Matmul(self.library, n, k, self.shapes.group, self.dtype)
-        self.library.load(op.variants)
-        raw = self.random_awq(n, k)
-        bytes_w4 = n * k / 2 + n * (k // self.shapes.group) * 2.5
-        packed = [op.pack_from_awq([raw]) for _ in range(copies(bytes_w4))]
-        dense = [self.poisoned(n, k) for _ in range(copies(2 * n * k, 2))]
-        for each in dense:
-            op.dequantize(packed[0], each)
-        columns = self.rng.choice(n, min(n, CHECKED_COLUMNS), replace=False)
-        true_weight = reference.dense(raw)[columns]
-        self.measure(
-            "dequantize", name, [lambda p=p: op.dequantize(p, dense[0]) for p in packed], nbytes=bytes_w4 + 2 * n * k,
-            error=relative_error(dense[0][torch.from_numpy(columns).to(dense[0].device)], true_weight),
+    def _product(self, name: str, n: int, k: int, ours: dict[int, float], copy: dict[int, float]) -> None:
+        product = Product(self, n, k)
+        op = W4Matmul(
+            self.library, n, k, self.shapes.group, "zero", self.dtype, cc=self.device.cc, multiprocessors=self.device.multiprocessors,
+            max_m=max(self.shapes.rows),
         )  # fmt: skip
+        self.library.load(op.variants)
+        scratch = W4Scratch.zeros(op.scratch_floats, op.scratch_counters, self.device.torch_device)
+        dense = product.dense()
+        calls = [lambda p=p: product.repack.dequantize(p, dense[0]) for p in product.packed]
+        error = relative_error(dense[0][product.columns], product.true_weight)
+        self.measure("dequantize", name, calls, nbytes=product.nbytes + 2 * n * k, error=error)
         for m in self.shapes.rows:
             x, out = self.random(m, k), self.poisoned(m, n)
-            true = reference.linear(x[:CHECKED_ROWS].float().cpu().numpy(), true_weight)
-
-            def error(out: torch.Tensor = out, true: np.ndarray = true) -> float:
-                return relative_error(out[:CHECKED_ROWS][:, torch.from_numpy(columns).to(out.device)], true)
-
             common = {"flop": 2.0 * m * n * k, "peer_us": peers.MARLIN.get(m, {}).get(name)}
-            chosen = None
-            if op.takes(m, has_dense=False):
-                op(x, packed[0], out, None)
-                chosen = self.measure(
-                    "w4", f"{name} x {m}", [lambda p=p, x=x, out=out: op(x, p, out, None) for p in packed],
-                    nbytes=bytes_w4 + 2 * m * (n + k), error=error(), **common,
-                )  # fmt: skip
+            op(x, product.packed[0], out, scratch)
+            ours[m] += self.measure(
+                "w4", f"{name} x {m}", [lambda p=p, x=x, out=out: op(x, p, out, scratch) for p in product.packed],
+                nbytes=product.nbytes + 2 * m * (n + k), error=product.error(x, out), **common,
+            )  # fmt: skip
             out.fill_(torch.nan)
             torch.mm(x, dense[0].T, out=out)
-            seconds = self.measure(
-                "dense copy", f"{name} x {m}", [lambda d=d, x=x, out=out: torch.mm(x, d.T, out=out) for d in dense],
-                nbytes=2 * n * k + 2 * m * (n + k), error=error(), **common,
+            copy[m] += self.measure(
+                "16-bit copy", f"{name} x {m}", [lambda d=d, x=x, out=out: torch.mm(x, d.T, out=out) for d in dense],
+                nbytes=2 * n * k + 2 * m * (n + k), error=product.error(x, out), **common,
             )  # fmt: skip
-            totals[m] += chosen if chosen is not None and op.takes(m, has_dense=True) else seconds
 
     def head(self) -> None:
         """The output head, 16-bit weights and float32 logits."""
@@ -448,6 +439,42 @@ class CudaBench:
             "products": self.products, "decode_attention": self.decode_attention, "prompt_attention": self.prompt_attention,
             "elementwise": self.elementwise, "sampling": self.sampling, "head": self.head,
         }  # fmt: skip
+
+
+class Product:
+    """A random AWQ weight [n, k], packed as often as the cache cannot hold, and what some of its output channels really are."""
+
+    def __init__(self, bench: CudaBench, n: int, k: int) -> None:
+        group, rng, place = bench.shapes.group, bench.rng, bench.device.torch_device
+        words = rng.integers(0, 1 << 32, (k, n // 8), np.uint32).view(np.int32)
+        zeros = rng.integers(0, 1 << 32, (k // group, n // 8), np.uint32).view(np.int32)
+        raw = awq.AWQ(words, zeros, (rng.random((k // group, n)) * 0.002 + 0.003).astype(np.float16))
+        self.repack = W4Repack(bench.library, group, "zero", bench.dtype)
+        bench.library.load(self.repack.variants)
+        first = W4Device.zeros(n, k, group, "zero", bench.dtype, place)
+        self.repack.from_awq(first, 0, *(torch.from_numpy(part).to(place) for part in (raw.qweight, raw.qzeros, raw.scales)))
+        self.nbytes = packed_bytes(n, k, group)
+        more = copies(self.nbytes) - 1
+        self.packed = [first, *(replace(first, packed=first.packed.clone(), pairs=first.pairs.clone()) for _ in range(more))]
+        self._bench, self._shape = bench, (n, k)
+        chosen = np.sort(rng.choice(n // 8, min(n // 8, CHECKED_COLUMNS // 8), replace=False))  # int32s of 8 output channels
+        channels = (chosen[:, None] * 8 + np.arange(8)).reshape(-1)
+        self.columns = torch.from_numpy(channels).to(place)
+        self.true_weight = reference.dense(awq.AWQ(words[:, chosen], zeros[:, chosen], raw.scales[:, channels]))
+
+    def dense(self) -> list[torch.Tensor]:
+        """16-bit copies, at least two, as many as the cache cannot hold."""
+        n, k = self._shape
+        made = [self._bench.poisoned(n, k) for _ in range(copies(2 * n * k, 2))]
+        for each in made:
+            self.repack.dequantize(self.packed[0], each)
+        return made
+
+    def error(self, x: torch.Tensor, out: torch.Tensor) -> float:
+        """Of out = x @ w.T, in some rows (the first and the last) and output channels."""
+        rows = sorted({*range(min(CHECKED_ROWS, len(x))), len(x) - 1})
+        true = reference.linear(x[rows].float().cpu().numpy(), self.true_weight)
+        return relative_error(out[rows][:, self.columns], true)
 
 
 def void(_: object) -> None:

@@ -51,7 +51,7 @@ class LocalModel:
         self._closed = False
         _close_at_exit(self)
         try:
-            self.run(self._start)
+            asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()  # its errors are the rooms' own
         except BaseException:
             self.close()
             raise

@@ -85,9 +85,11 @@ def _editor(history: Path | None) -> Callable[[], str]:
     keys = KeyBindings()
 
     @keys.add("enter")
+    @keys.add("c-j")  # what Enter was while an answer was being written
     def enter(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if buffer.document.current_line.strip() == "" and buffer.document.is_cursor_at_the_end:
+            buffer.text = buffer.text.rstrip()  # the empty line is not part of what is remembered
             buffer.validate_and_handle()
         else:
             buffer.insert_text("\n")

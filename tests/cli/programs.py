@@ -17,7 +17,7 @@ from typing import Self
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBATCH = [sys.executable, "-m", "cli"]
-LIMIT_S = 120.0  # a first run compiles
+LIMIT_S = 60.0  # a first run compiles
 ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[=>])")
 
 
@@ -28,13 +28,25 @@ def run(*words: str, stdin: str = "", env: dict[str, str] | None = None) -> subp
     )
 
 
+# the terminal becomes the session's, so that Ctrl-C is a signal
+ON_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+
+
 class Terminal:
     """A command on a terminal of its own. `said` is all that it wrote, without escape sequences."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._master, slave = pty.openpty()
         env = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "100", "LINES": "40"}
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ON_TERMINAL, *command],
+            cwd=ROOT,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=env,
+            start_new_session=True,
+        )
         os.close(slave)
         self._raw = b""
         self._seen = 0
@@ -52,7 +64,7 @@ class Terminal:
     def said(self) -> str:
         return ESCAPES.sub("", self._raw.decode(errors="replace")).replace("\r", "")
 
-    def until(self, text: str, limit_s: float = LIMIT_S) -> str:
+    def until(self, text: str, limit_s: float = 30.0) -> str:
         """What was written since the last call, up to and with `text`."""
         end = time.monotonic() + limit_s
         while text not in self.said[self._seen :]:

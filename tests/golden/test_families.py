@@ -92,12 +92,12 @@ def test_smollm2_as_internlm2(smollm2: Path, assets: Path, tmp_path: Path) -> No
 def test_qwen_coder_as_qwen_1(qwen05: Path, tmp_path: Path) -> None:
     """Qwen-1 has as many KV heads as heads: each of the 2 is written 7 times."""
     config, weights = dense_weights(qwen05)
-    prompts = [[750, 912, 2877, 11, 293, 982], [9707, 11, 358, 1079]]
-    expected = asyncio.run(run(qwen05, prompts, 8))
+    prompts = [[750, 912, 2877, 11, 293, 982]]
+    expected = asyncio.run(run(qwen05, prompts, 6))
     many = with_all_heads(weights, config["num_attention_heads"], config["num_key_value_heads"])
     config["num_key_value_heads"] = config["num_attention_heads"]
     path = old_checkpoint(tmp_path / "qwen", "qwen", config, many, dtype="float16")
-    assert asyncio.run(run(path, prompts, 8)) == expected
+    assert asyncio.run(run(path, prompts, 6)) == expected
 
 
 # ---- beyond the trained length, against numpy
@@ -169,7 +169,7 @@ class TurboMind:
     [
         ({"use_dynamic_ntk": True, "use_logn_attn": True}, {}, 1.0, True),
         ({"use_dynamic_ntk": True, "use_logn_attn": False}, {}, 1.0, False),
-        ({"use_dynamic_ntk": False, "use_logn_attn": False}, {"rope_scaling_factor": 2.0, "use_logn_attn": True}, 2.0, True),
+        ({"use_dynamic_ntk": False, "use_logn_attn": False}, {"rope_scaling_factor": 4.0, "use_logn_attn": True}, 4.0, True),
     ],
     ids=["as the file says", "without logn", "as [engine] says"],
 )

@@ -18,7 +18,7 @@ from api.errors import ApiError
 from config.checks import is_loopback
 from config.schema import Config
 
-PUBLIC = frozenset({"/health", "/health/live", "/health/ready"})  # canonical routes that need no key
+PUBLIC = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})  # canonical routes that need no key
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
@@ -89,7 +89,7 @@ class Access:
         if not headers:
             return None
         wanted = request.headers.get("Access-Control-Request-Headers", "")
-        headers["Access-Control-Allow-Methods"] = "GET, POST" if self._methods == "*" else self._methods
+        headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE" if self._methods == "*" else self._methods
         headers["Access-Control-Allow-Headers"] = wanted if self._headers == "*" else self._headers
         headers["Access-Control-Max-Age"] = str(PREFLIGHT_AGE_S)
         return web.Response(status=204, headers=headers)

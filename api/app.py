@@ -16,14 +16,19 @@ from collections.abc import Awaitable, Callable
 import orjson
 from aiohttp import web
 
+from api import kserve, native
 from api.access import request_id
 from api.chat import chat_completions
 from api.completions import completions
+from api.control import NO_ENDPOINT, abort_request, is_sleeping, refused, reset_prefix_cache, server_info, sleep, wakeup
 from api.errors import ApiError, error_response, from_engine
 from api.health import live, ready
+from api.interactive import interactive
+from api.messages import count_tokens, messages
 from api.metrics import metrics
 from api.models import model, models, version
 from api.openapi import docs, openapi
+from api.responses import cancel_response, delete_response, get_response, list_input_items, responses
 from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Service
 from api.tokenize import detokenize, tokenize
 from engine.errors import EngineError
@@ -32,7 +37,7 @@ log = logging.getLogger("numbatch.http")
 access_log = logging.getLogger("numbatch.access")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-QUIET = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})  # logged at DEBUG only
+QUIET = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/v2/health/live", "/v2/health/ready"})  # logged at DEBUG only
 CLIENT_GONE = 499
 
 
@@ -46,20 +51,65 @@ def make_app(service: Service) -> web.Application:
 
 def add_routes(router: web.UrlDispatcher) -> None:
     """The whole surface; the last route answers 404 or 405 for everything else."""
-    router.add_get("/health", ready, expect_handler=on_expect)
-    router.add_get("/health/ready", ready, expect_handler=on_expect)
-    router.add_get("/health/live", live, expect_handler=on_expect)
-    router.add_get("/metrics", metrics, expect_handler=on_expect)
-    router.add_get("/version", version, expect_handler=on_expect)
-    router.add_get("/openapi.json", openapi, expect_handler=on_expect)
-    router.add_get("/docs", docs, expect_handler=on_expect)
-    router.add_get("/v1/models", models, expect_handler=on_expect)
-    router.add_get("/v1/models/{model:.+}", model, expect_handler=on_expect)
-    router.add_post("/v1/chat/completions", chat_completions, expect_handler=on_expect)
-    router.add_post("/v1/completions", completions, expect_handler=on_expect)
-    router.add_post("/tokenize", tokenize, expect_handler=on_expect)
-    router.add_post("/detokenize", detokenize, expect_handler=on_expect)
+    for path, handler in GET.items():
+        router.add_get(path, handler, expect_handler=on_expect)
+    for path, handler in POST.items():
+        router.add_post(path, handler, expect_handler=on_expect)
+    for path, (why, param) in NO_ENDPOINT.items():
+        router.add_post(path, refused(why, param), expect_handler=on_expect)
+    router.add_delete("/v1/responses/{id}", delete_response, expect_handler=on_expect)
     router.add_route("*", "/{path:.*}", nowhere, expect_handler=on_expect)
+
+
+GET: dict[str, Handler] = {
+    "/health": ready,
+    "/health/ready": ready,
+    "/health/live": live,
+    "/metrics": metrics,
+    "/version": version,
+    "/server_info": server_info,
+    "/is_sleeping": is_sleeping,
+    "/openapi.json": openapi,
+    "/docs": docs,
+    "/v1/models": models,
+    "/v1/models/{model:.+}": model,
+    "/v1/responses/{id}": get_response,
+    "/v1/responses/{id}/input_items": list_input_items,
+    "/v2": kserve.server_metadata,
+    "/v2/health/live": kserve.server_live,
+    "/v2/health/ready": kserve.server_ready,
+    "/v2/models/{model}": kserve.model_metadata,
+    "/v2/models/{model}/ready": kserve.model_ready,
+    "/v2/models/{model}/config": kserve.model_config,
+    "/v2/models/{model}/versions/{version}": kserve.model_metadata,
+    "/v2/models/{model}/versions/{version}/ready": kserve.model_ready,
+    "/v2/models/{model}/versions/{version}/config": kserve.model_config,
+}
+POST: dict[str, Handler] = {
+    "/v1/chat/completions": chat_completions,
+    "/v1/completions": completions,
+    "/v1/responses": responses,
+    "/v1/responses/{id}/cancel": cancel_response,
+    "/v1/messages": messages,
+    "/v1/messages/count_tokens": count_tokens,
+    "/v1/chat/interactive": interactive,
+    "/generate": native.generate,
+    "/get_ppl": native.get_ppl,
+    "/v1/encode": native.encode,
+    "/tokenize": tokenize,
+    "/detokenize": detokenize,
+    "/abort_request": abort_request,
+    "/reset_prefix_cache": reset_prefix_cache,
+    "/sleep": sleep,
+    "/wakeup": wakeup,
+    "/v2/repository/index": kserve.repository_index,
+    "/v2/models/{model}/infer": kserve.infer,
+    "/v2/models/{model}/generate": kserve.generate,
+    "/v2/models/{model}/generate_stream": kserve.generate_stream,
+    "/v2/models/{model}/versions/{version}/infer": kserve.infer,
+    "/v2/models/{model}/versions/{version}/generate": kserve.generate,
+    "/v2/models/{model}/versions/{version}/generate_stream": kserve.generate_stream,
+}
 
 
 async def nowhere(request: web.Request) -> web.StreamResponse:
@@ -90,7 +140,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         status = CLIENT_GONE
         raise
     except Exception as error:  # every failure has one shape
-        response = error_response(_as_api_error(request, error))
+        response = error_response(_as_api_error(request, error), _protocol(request))
         status = response.status
         return response
     finally:
@@ -147,6 +197,12 @@ class _Refused(web.HTTPException):
         self.force_close()
 
 
+def _protocol(request: web.Request) -> str:
+    """The route, or where there is none the path that was asked for: whose shape an error takes."""
+    route = _route(request)
+    return request.path if route in ("", "/{path}") else route
+
+
 def _route(request: web.Request) -> str:
     resource = request.match_info.route.resource
     return resource.canonical if resource is not None else ""
@@ -156,6 +212,8 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     identity = request.get(REQUEST_ID)
     if identity:
         response.headers["X-Request-Id"] = identity
+        if _route(request).startswith("/v1/messages"):
+            response.headers["Request-Id"] = identity  # Anthropic's name
         response.headers.update(request.app[SERVICE].access.cors_headers(request))
     response.headers["Server"] = "numbatch"
 

@@ -35,7 +35,7 @@ def chat_fields(limits: Request, model: str, session_len: int, vocab_size: int) 
     """The whole body of a chat request."""
     most = session_len - 1
     return table([
-        _messages(limits.max_messages),
+        messages_field(limits.max_messages),
         *shared_fields(limits, model, session_len, vocab_size),
         integer("max_completion_tokens", 1, most, "The newer name of max_tokens. Default: the rest of the context."),
         boolean("logprobs", "Give the logprob of each token."),
@@ -259,7 +259,7 @@ async def render_messages(
 # -- fields with a shape of their own ----------------------------------------------------------------------
 
 
-def _messages(most: int) -> Field:
+def messages_field(most: int) -> Field:
     def parse(name: str, value: Any) -> list[dict[str, str]]:
         messages = check_list(name, value, most)
         if not messages:

@@ -27,7 +27,7 @@ TEXT_FORMAT = {"type": "object", "properties": {"type": {"const": "text"}}, "req
 def completion_fields(limits: Request, model: str, session_len: int, vocab_size: int) -> Table:
     """The whole body of a completion request."""
     return table([
-        _prompts(limits.max_prompts, session_len, vocab_size),
+        prompts_field(limits.max_prompts, session_len, vocab_size),
         *shared_fields(limits, model, session_len, vocab_size),
         integer("max_tokens", 0, session_len - 1, "Most ids to generate; 0 only with echo. Prompt and answer together must fit."),
         integer("logprobs", 0, limits.max_top_logprobs, "Give the logprob of each token and of this many likeliest ones."),
@@ -190,7 +190,7 @@ def _echo(served: Served, wanted: Wanted, prompt: str | list[int], ids: list[int
     return str(prompt) if whole else served.tokenizer.decode(ids, skip_special=wanted.skip_special)
 
 
-def _prompts(most: int, session_len: int, vocab_size: int) -> Field:
+def prompts_field(most: int, session_len: int, vocab_size: int) -> Field:
     def parse(name: str, value: Any) -> list[str | list[int]]:
         if type(value) is str:
             return [_check_text(name, value)]

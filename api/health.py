@@ -25,6 +25,8 @@ def verdict(service: Service) -> tuple[str, str]:
         return "draining", "shutting down"
     if engine is None or service.described is None or engine.status is EngineStatus.STARTING:
         return "starting", (engine.reason if engine is not None else "") or service.reason
+    if service.sleeping:
+        return "sleeping", "asleep until POST /wakeup"
     snapshot = engine.snapshot()
     silent_s = time.monotonic() - snapshot.last_progress_s
     if snapshot.num_running and silent_s > service.config.engine.step_timeout_s / 2:

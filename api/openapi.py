@@ -7,24 +7,32 @@ server accepts. The page under /docs loads nothing from anywhere.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from html import escape
-from typing import Any
 
 import orjson
 from aiohttp import web
 
+from api import native
+from api.answer_schemas import COUNT, STRING, Schema, answer_schemas
+from api.answer_schemas import object_of as _object
 from api.chat import chat_fields
 from api.completions import completion_fields
+from api.control import NO_ENDPOINT, abort_fields
 from api.errors import json_response
-from api.schema import in_words, json_schema
+from api.interactive import interactive_fields
+from api.kserve import MODEL_VERSION, infer_schema
+from api.kserve import generate_fields as generate_v2_fields
+from api.messages import count_fields, message_fields
+from api.response_fields import response_fields
+from api.schema import Table, in_words, json_schema
 from api.service import SERVICE, Service
 from api.tokenize import detokenize_fields, tokenize_fields
+from config.schema import Request
 from config.version import VERSION
 
-Schema = dict[str, Any]
-STRING: Schema = {"type": "string"}
-COUNT: Schema = {"type": "integer", "minimum": 0}
-NUMBER: Schema = {"type": "number"}
+SSE = "text/event-stream"
+TableBuilder = Callable[[Request, str, int, int], Table]
 CSP = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 
@@ -45,25 +53,57 @@ def document(service: Service) -> Schema:
     secured = bool(service.config.server.api_keys)
     result: Schema = {
         "openapi": "3.1.0",
-        "info": {"title": "numbatch", "version": VERSION, "description": "An OpenAI-compatible inference server."},
+        "info": {"title": "numbatch", "version": VERSION, "description": "An inference server that speaks OpenAI's protocols and others."},
         "paths": _paths(service),
-        "components": {"schemas": _schemas(), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {
+            "schemas": answer_schemas(),
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
     }
     if secured:
-        result["security"] = [{"key": []}]
+        result["security"] = [{"key": []}, {"header": []}]
     return result
 
 
 def _paths(service: Service) -> Schema:
     table = service.tables
-    chat, text = _ref("ChatCompletion"), _ref("Completion")
+
+    def body(build: TableBuilder) -> Schema:
+        return json_schema(table(build))
+
+    def post(summary: str, build: TableBuilder, answer: str, streams: str = "") -> Schema:
+        return {"post": _post(summary, body(build), _ref(answer), streams)}
+
     return {
-        "/v1/chat/completions": {"post": _post("Answer a conversation.", json_schema(table(chat_fields)), chat, streams=True)},
-        "/v1/completions": {"post": _post("Continue a text.", json_schema(table(completion_fields)), text, streams=True)},
-        "/tokenize": {"post": _post("Text or messages to token ids.", _either(json_schema(table(tokenize_fields))), _ref("Tokens"))},
-        "/detokenize": {"post": _post("Token ids to text.", json_schema(table(detokenize_fields)), _object({"prompt": STRING}))},
+        "/v1/chat/completions": post("Answer a conversation.", chat_fields, "ChatCompletion", SSE),
+        "/v1/completions": post("Continue a text.", completion_fields, "Completion", SSE),
+        "/v1/responses": post("Answer a conversation, which is kept.", response_fields, "Response", SSE),
+        "/v1/responses/{id}": {"get": _get("A stored response.", _ref("Response"), ID), "delete": _get("Forget it.", _ref("Deleted"), ID)},
+        "/v1/responses/{id}/cancel": {"post": _get("End a response that is being streamed.", {"type": "object"}, ID)},
+        "/v1/responses/{id}/input_items": {"get": _get("What a response was asked.", _ref("InputItems"), ID, PAGE)},
+        "/v1/messages": {"post": _post("Answer a conversation (Anthropic).", body(message_fields), _ref("Message"), SSE, "AnthropicError")},
+        "/v1/messages/count_tokens": {
+            "post": _post("Count the tokens of a conversation.", body(count_fields), _object({"input_tokens": COUNT}), "", "AnthropicError")
+        },
+        "/v1/chat/interactive": post("A turn of a conversation that is kept.", interactive_fields, "Turn", "application/x-ndjson"),
+        "/generate": post("Continue texts or token ids (SGLang, LMDeploy).", native.generate_fields, "Generated", SSE),
+        "/get_ppl": post("How well the model predicts texts.", native.ppl_fields, "Perplexity"),
+        "/v1/encode": post("Texts to token ids (LMDeploy).", native.encode_fields, "Encoded"),
+        "/tokenize": {"post": _post("Text or messages to token ids.", _either(body(tokenize_fields)), _ref("Tokens"))},
+        "/detokenize": {"post": _post("Token ids to text.", body(detokenize_fields), _object({"prompt": STRING}))},
+        "/abort_request": {"post": _optional_body(_post("End answers.", body(abort_fields), _object({"aborted": COUNT})))},
+        "/reset_prefix_cache": {"post": _get("Forget all cached prefixes.", _object({"success": {"const": True}}))},
+        "/sleep": {"post": _get("Finish what runs, refuse the rest, drop the KV cache.", _ref("Sleeping"), LEVEL)},
+        "/wakeup": {"post": _get("Serve again.", _ref("Sleeping"))},
+        "/is_sleeping": {"get": _get("Does the server sleep?", _ref("Sleeping"))},
+        "/server_info": {"get": _get("The model, its limits, and how full the server is.", {"type": "object"})},
         "/v1/models": {"get": _get("The served model, as a list.", _ref("Models"))},
-        "/v1/models/{model}": {"get": _one_model(service.model_name)},
+        "/v1/models/{model}": {"get": _get("The served model.", _ref("Model"), _model(service))},
+        **_kserve(service, body(generate_v2_fields)),
+        **{path: {"post": _refused(why)} for path, (why, _) in NO_ENDPOINT.items()},
         "/version": {"get": _get("Version of the server.", _object({"version": STRING}))},
         "/health": {"get": _health("Can a request be served now?")},
         "/health/ready": {"get": _health("The same.")},
@@ -74,22 +114,70 @@ def _paths(service: Service) -> Schema:
     }
 
 
-def _post(summary: str, body: Schema, answer: Schema, streams: bool = False) -> Schema:
+def _kserve(service: Service, fields: Schema) -> Schema:
+    """KServe v2: the routes of a model exist with and without its version."""
+    metadata = _get("The model's tensors (KServe v2).", {"type": "object"}, error="KServeError")
+    config = _get("The model's configuration, as Triton has it.", {"type": "object"}, error="KServeError")
+    ready = {**_health("Can a request be served now?", _object({"ready": {"type": "boolean"}})), "security": []}
+    del ready["security"]
+    infer = _post("Texts as tensors; also Triton's binary form.", infer_schema(), _ref("Inferred"), "", "KServeError")
+    infer["responses"]["200"]["content"]["application/octet-stream"] = {}
+    once = _post("Continue a text (Triton).", fields, _ref("TritonText"), "", "KServeError")
+    stream = _post("The same as a stream.", fields, _ref("TritonText"), SSE, "KServeError")
+    del stream["responses"]["200"]["content"]["application/json"]
+    out: Schema = {
+        "/v2": {"get": _get("The server and its extensions.", {"type": "object"}, error="KServeError")},
+        "/v2/health/live": {"get": _health("Is the engine alive?", _object({"live": {"type": "boolean"}}))},
+        "/v2/health/ready": {"get": _health("Can a request be served now?", _object({"ready": {"type": "boolean"}}))},
+        "/v2/repository/index": {"post": _get("The models there are.", {"type": "array"}, error="KServeError")},
+    }
+    for place, parameters in (("", _model(service)), ("/versions/{version}", [*_model(service), VERSION_PARAMETER])):
+        for name, method, operation in (
+            ("", "get", metadata), ("/ready", "get", ready), ("/config", "get", config), ("/infer", "post", infer),
+            ("/generate", "post", once), ("/generate_stream", "post", stream),
+        ):  # fmt: skip
+            out[f"/v2/models/{{model}}{place}{name}"] = {method: {**operation, "parameters": parameters}}
+    return out
+
+
+def _post(summary: str, body: Schema, answer: Schema, streams: str = "", error: str = "Error") -> Schema:
     good: Schema = {"description": "The answer.", "content": {"application/json": {"schema": answer}}}
     if streams:
-        good["content"]["text/event-stream"] = {}  # chunks as OpenAI sends them; a schema would be of one event
+        good["content"][streams] = {}  # chunks as the protocol sends them; a schema would be of one event
     content = {"application/json": {"schema": body}}
-    return {"summary": summary, "requestBody": {"required": True, "content": content}, "responses": {"200": good, **_errors()}}
+    return {"summary": summary, "requestBody": {"required": True, "content": content}, "responses": {"200": good, **_errors(error)}}
 
 
-def _get(summary: str, answer: Schema) -> Schema:
+def _optional_body(operation: Schema) -> Schema:
+    return {**operation, "requestBody": {**operation["requestBody"], "required": False}}
+
+
+def _get(summary: str, answer: Schema, *parameters: list[Schema], error: str = "Error") -> Schema:
     good = {"description": "The answer.", "content": {"application/json": {"schema": answer}}}
-    return {"summary": summary, "responses": {"200": good, **_errors()}}
+    listed = [item for group in parameters for item in group]
+    operation = {"summary": summary, "responses": {"200": good, **_errors(error)}}
+    return {**operation, "parameters": listed} if listed else operation
 
 
-def _one_model(name: str) -> Schema:
-    parameter = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "enum": [name]}}
-    return {**_get("The served model.", _ref("Model")), "parameters": [parameter]}
+def _parameter(name: str, where: str, schema: Schema) -> Schema:
+    return {"name": name, "in": where, "required": where == "path", "schema": schema}
+
+
+def _model(service: Service) -> list[Schema]:
+    return [_parameter("model", "path", {"type": "string", "enum": [service.model_name]})]
+
+
+ID = [_parameter("id", "path", {"type": "string", "pattern": "^resp_[0-9a-f]{32}$"})]
+PAGE = [
+    _parameter("limit", "query", {"type": "integer", "minimum": 1, "maximum": 100}),
+    _parameter("order", "query", {"type": "string", "enum": ["asc", "desc"]}),
+    _parameter("after", "query", STRING),
+]
+LEVEL = [
+    _parameter("level", "query", {"type": "integer", "enum": [0, 1]}),
+    _parameter("mode", "query", {"type": "string", "enum": ["wait", "abort"]}),
+]
+VERSION_PARAMETER = _parameter("version", "path", {"type": "string", "enum": [MODEL_VERSION]})
 
 
 def _text(summary: str, media: str) -> Schema:
@@ -97,18 +185,22 @@ def _text(summary: str, media: str) -> Schema:
     return {"summary": summary, "responses": {"200": good, **_errors()}}
 
 
-def _health(summary: str) -> Schema:
-    body = {"content": {"application/json": {"schema": _ref("Health")}}}
+def _refused(why: str) -> Schema:
+    return {"summary": why, "responses": {"4XX": _error("Always.")}}
+
+
+def _health(summary: str, answer: Schema | None = None) -> Schema:
+    body = {"content": {"application/json": {"schema": answer or _ref("Health")}}}
     responses = {"200": {"description": "Yes.", **body}, "503": {"description": "No, and why.", **body}}
-    return {"summary": summary, "security": [], "responses": {**responses, "4XX": _error("Refused.")}}
+    return {"summary": summary, "security": [], "responses": {**responses, "4XX": _error("Refused.", "KServeError" if answer else "Error")}}
 
 
-def _errors() -> Schema:
-    return {"4XX": _error("Refused: the message says why, `param` names the field."), "5XX": _error("Not possible now.")}
+def _errors(name: str = "Error") -> Schema:
+    return {"4XX": _error("Refused: the message says why, `param` names the field.", name), "5XX": _error("Not possible now.", name)}
 
 
-def _error(description: str) -> Schema:
-    return {"description": description, "content": {"application/json": {"schema": _ref("Error")}}}
+def _error(description: str, name: str = "Error") -> Schema:
+    return {"description": description, "content": {"application/json": {"schema": _ref(name)}}}
 
 
 def _ref(name: str) -> Schema:
@@ -123,52 +215,6 @@ def _either(schema: Schema) -> Schema:
         for name, other in (("prompt", "messages"), ("messages", "prompt"))
     ]
     return {**schema, "anyOf": ways}
-
-
-def _object(properties: Schema, optional: tuple[str, ...] = ()) -> Schema:
-    return {"type": "object", "properties": properties, "required": [name for name in properties if name not in optional]}
-
-
-def _list(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
-
-
-def _or_null(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def _schemas() -> Schema:
-    """What comes back."""
-    entry = {"token": STRING, "logprob": NUMBER, "bytes": _list(COUNT)}
-    chat_logprobs = _object({"content": _list(_object({**entry, "top_logprobs": _list(_object(entry))})), "refusal": {"type": "null"}})
-    text_logprobs = _object({
-        "tokens": _list(STRING),
-        "token_logprobs": _list(NUMBER),
-        "top_logprobs": _list({"type": "object", "additionalProperties": NUMBER}),
-        "text_offset": _list(COUNT),
-    })  # fmt: skip
-    reason = {"type": "string", "enum": ["stop", "length"]}
-    message = _object({"role": {"const": "assistant"}, "content": STRING, "refusal": {"type": "null"}})
-    head = {"id": STRING, "created": COUNT, "model": STRING, "system_fingerprint": STRING, "usage": _ref("Usage")}
-    chat = {"index": COUNT, "message": message, "logprobs": _or_null(chat_logprobs), "finish_reason": reason}
-    text = {"index": COUNT, "text": STRING, "logprobs": _or_null(text_logprobs), "finish_reason": reason}
-    model = {"id": STRING, "object": {"const": "model"}, "created": COUNT, "owned_by": STRING, "max_model_len": _or_null(COUNT)}
-    error = {"message": STRING, "type": STRING, "param": _or_null(STRING), "code": _or_null(STRING)}
-    return {
-        "ChatCompletion": _object({**head, "object": {"const": "chat.completion"}, "choices": _list(_object(chat))}),
-        "Completion": _object({**head, "object": {"const": "text_completion"}, "choices": _list(_object(text))}),
-        "Usage": _object({
-            "prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT,
-            "prompt_tokens_details": _object({"cached_tokens": COUNT}),
-        }),
-        "Tokens": _object({
-            "count": COUNT, "max_model_len": COUNT, "tokens": _list(COUNT), "token_strs": _or_null(_list(STRING)),
-        }),
-        "Model": _object(model),
-        "Models": _object({"object": {"const": "list"}, "data": _list(_ref("Model"))}),
-        "Health": _object({"status": {"enum": ["ready", "starting", "draining", "stalled", "dead"]}, "reason": STRING}),
-        "Error": _object({"error": _object(error)}),
-    }  # fmt: skip
 
 
 def _page(document: Schema) -> str:
@@ -198,6 +244,6 @@ def _fields_html(operation: Schema) -> str:
     for name, field in schema["properties"].items():
         allowed = re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(in_words(field)))
         default = orjson.dumps(field["default"]).decode() if "default" in field else ""
-        cells = (f"<code>{escape(name)}</code>", escape(field["description"]), allowed, f"<code>{escape(default)}</code>")
+        cells = (f"<code>{escape(name)}</code>", escape(field.get("description", "")), allowed, f"<code>{escape(default)}</code>")
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f"<table><tr><th>field<th>meaning<th>allowed<th>default</tr>{''.join(rows)}</table>"

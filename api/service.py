@@ -20,11 +20,13 @@ from aiohttp import web
 
 from api.access import Access, Caller
 from api.counters import Metrics
-from api.errors import ApiError, from_engine, from_text
+from api.errors import NOT_READY_RETRY_S, ApiError, from_engine, from_text, retry_headers
 from api.generate import Answer, Choice
 from api.protocol import Gate
+from api.response_store import ResponseStore
 from api.sampling import Wanted, read, room_for_answer, shared_fields, too_long
 from api.schema import Table, table
+from api.session_history import SessionHistory
 from config.schema import Config, Request
 from config.version import VERSION
 from engine.errors import BadParameter, EngineDead, EngineDraining, EngineError, EngineNotReady
@@ -74,7 +76,10 @@ class Service:
         self.engine: Engine | None = None
         self.reason = "starting"
         self.draining = False
+        self.sleeping = False  # see api/control.py
         self.live: set[Answer] = set()
+        self.responses = ResponseStore(config.request.max_stored_responses)
+        self.sessions = SessionHistory()
         self.quiet = asyncio.Event()  # set while no request is live
         self.quiet.set()
         self._served: Served | None = None
@@ -89,14 +94,16 @@ class Service:
         engine.observers.append(self.metrics.step)
         self._served = Served(engine, tokenizer, template, self.model_name, int(time.time()), f"fp_{digest[:12]}")
 
-    def served(self) -> Served:
-        """The model, or the 503 that says why there is none (yet, or any more)."""
+    def served(self, awake: bool = True) -> Served:
+        """The model, or the 503 that says why there is none (yet, or any more). `awake`: none while the server sleeps either."""
         if self.draining:
             raise from_engine(EngineDraining("The server is shutting down; try another replica."))
         if self._served is None:
             raise from_engine(EngineNotReady(f"The server is not ready: {self.reason}."))
         if self._served.engine.status is EngineStatus.DEAD:
             raise from_engine(EngineDead("The engine stopped."))
+        if awake and self.sleeping:
+            raise ApiError(503, "The server sleeps; POST /wakeup first.", code="sleeping", headers=retry_headers(NOT_READY_RETRY_S))
         return self._served
 
     def tables(self, build: Callable[[Request, str, int, int], Table]) -> Table:

@@ -15,10 +15,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from api import kserve, native
 from api.chat import chat_fields
 from api.completions import completion_fields
+from api.control import abort_fields
 from api.counters import Metrics
+from api.interactive import interactive_fields
+from api.messages import message_fields
 from api.metrics import Families
+from api.response_fields import response_fields
 from api.schema import Table, in_words
 from api.service import Service
 from api.tokenize import detokenize_fields, tokenize_fields
@@ -32,6 +37,7 @@ NAMES = {
     str(SESSION_LEN - 1): "session_len - 1",
     str(VOCAB_SIZE - 1): "vocabulary - 1",
     str((1 << 64) - 1): "2^64 - 1",
+    str((1 << 63) - 1): "2^63 - 1",
     str((1 << 31) - 1): "2^31 - 1",
 }
 
@@ -68,6 +74,15 @@ PARTS: dict[str, Callable[[], str]] = {
     "completion fields": lambda: _fields(completion_fields),
     "tokenize fields": lambda: _fields(tokenize_fields),
     "detokenize fields": lambda: _fields(detokenize_fields),
+    "response fields": lambda: _fields(response_fields),
+    "message fields": lambda: _fields(message_fields),
+    "interactive fields": lambda: _fields(interactive_fields),
+    "generate fields": lambda: _fields(native.generate_fields),
+    "sampling fields": lambda: _fields(native.sampling_fields),
+    "ppl fields": lambda: _fields(native.ppl_fields),
+    "encode fields": lambda: _fields(native.encode_fields),
+    "abort fields": lambda: _fields(abort_fields),
+    "kserve fields": lambda: _fields(kserve.generate_fields),
     "metrics": _metrics,
 }
 PAGES = ("docs/api.md", "docs/operating.md")

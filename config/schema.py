@@ -79,6 +79,7 @@ class Request:
     max_logit_bias: int = knob(300, "Entries of logit_bias.", min=0, max=4096)
     max_salt_chars: int = knob(128, "Longest cache_salt, characters.", min=1, max=4096)
     max_messages: int = knob(1024, "Messages in one chat request.", min=1, max=1 << 20)
+    max_stored_responses: int = knob(1024, "Answers of /v1/responses that are kept; the oldest go first.", min=0, max=1 << 20)
     template_timeout_s: float = knob(2.0, "Seconds a chat template may take to render.", min=0.1, max=60)
 
 

@@ -149,13 +149,17 @@ class ChatTemplate:
 
 
 def _cut_at_final(text: str, messages: list[dict[str, Any]]) -> str:
-    """The rendered text up to the end of the last message's content."""
+    """The rendered text up to the end of the last message's content, with or without the spaces at its end."""
     content = messages[-1]["content"] if messages else ""
-    at = text.rfind(content.strip()) if isinstance(content, str) else -1
+    bare = content.strip() if isinstance(content, str) else ""
+    if not bare:
+        raise TemplateRefused("continue_final_message: the last message is empty, so there is nothing to go on from")
+    at = text.rfind(bare)
     if at < 0:
         raise TemplateRefused("continue_final_message: this model's chat template does not write the last message as it is")
-    whole = text.find(content, at - len(content)) if content else at
-    return text[: whole + len(content)] if whole >= 0 else text[: at + len(content.strip())]
+    end = at + len(bare)
+    spaces = content[len(content.rstrip()) :]
+    return text[: end + len(spaces)] if text.startswith(spaces, end) else text[:end]
 
 
 def _refuse_extras(tools: list[dict[str, Any]] | None, kwargs: dict[str, Any] | None) -> None:

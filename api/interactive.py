@@ -1,0 +1,211 @@
+"""POST /v1/chat/interactive: a conversation that the server remembers, as LMDeploy 0.4 had it.
+
+`interactive_mode = true` keeps the session open for the next turn, false ends it after this one. `prompt = ""` with
+`request_output_len = 0` and interactive_mode = false only ends it; `cancel = true` interrupts the answer that runs and
+keeps the history. A stream is newline-delimited JSON. Who remembers is `api/session_history.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Self
+
+import orjson
+from aiohttp import web
+
+from api.body import read_object
+from api.chat import messages_field, render_messages
+from api.control import session_name
+from api.errors import ApiError, bad, json_response
+from api.generate import Answer, Delta
+from api.sampling import LATER, Wanted, shared_fields
+from api.schema import Field, Table, boolean, integer, number, parse_object, table, unsupported
+from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Served, Service
+from api.session_history import Session
+from api.sse import Framing, stream_answer
+from config.schema import Request
+
+MAX_SESSION_ID = (1 << 63) - 1
+DEFAULT_TOKENS = 512
+
+
+def interactive_fields(limits: Request, model: str, session_len: int, vocab_size: int) -> Table:
+    known = table(shared_fields(limits, model, session_len, vocab_size))
+    messages = messages_field(limits.max_messages)
+    prompt = {"anyOf": [{"type": "string"}, messages.schema]}
+
+    def parse(name: str, value: Any) -> list[dict[str, str]]:
+        if type(value) is str:
+            return [{"role": "user", "content": value}] if value else []
+        parsed: list[dict[str, str]] = messages.parse(name, value)
+        return parsed
+
+    return table([
+        Field("prompt", "The user's next words, or messages. Empty: only end or cancel.", prompt, parse, required=True),
+        integer("session_id", -1, MAX_SESSION_ID, "Which conversation; -1: a new one that nobody can go on with.", -1),
+        boolean("interactive_mode", "Keep the conversation for another turn."),
+        boolean("cancel", "Interrupt the answer of this session that runs; its history stays."),
+        integer("request_output_len", 0, session_len - 1, f"Most tokens to generate. Default: {DEFAULT_TOKENS}, or what fits."),
+        number("top_p", 0, 1, "Keep the most likely ids whose probabilities sum to this.", 0.8),
+        integer("top_k", 0, (1 << 31) - 1, "Keep this many most likely ids; 0 switches it off.", 40),
+        number("temperature", 0, 2, "0 is greedy.", 0.8),
+        *(known[name] for name in ("repetition_penalty", "min_p", "stop", "ignore_eos", "skip_special_tokens", "seed", "stream", "model")),
+        unsupported("adapter_name", f"LoRA adapters {LATER}"),
+        unsupported("image_url", "this server reads text only."),
+    ])  # fmt: skip
+
+
+async def interactive(request: web.Request) -> web.StreamResponse:
+    """POST /v1/chat/interactive"""
+    service = request.app[SERVICE]
+    served, started_s = service.served(), time.monotonic()
+    body = await read_object(request, service.config.http, served.session_len)
+    values = parse_object(service.tables(interactive_fields), body)
+    session_id, key = values["session_id"], request[CALLER].key
+    if session_id == 0:
+        raise bad("session_id", "session_id must be at least 1, or -1.", "invalid_value")
+    if values["cancel"]:
+        return _cancel(service, request, values)
+    if not values["prompt"]:
+        return _only_end(service, values, key)
+    if values["request_output_len"] == 0:
+        raise bad("request_output_len", "request_output_len must be at least 1 where there is a prompt.", "invalid_value")
+    if values["interactive_mode"] and session_id < 0:
+        raise bad("session_id", "interactive_mode needs a session_id of at least 1.", "invalid_value")
+    session = service.sessions.get(key, session_id) or Session()
+    if session.busy:
+        raise ApiError(409, f"Session {session_id} is answering; cancel it or wait.", param="session_id", code="session_busy")
+    turn = Turn(service, request, values, session)
+    return await turn.run(served, started_s)
+
+
+def _cancel(service: Service, request: web.Request, values: dict[str, Any]) -> web.Response:
+    session_id = values["session_id"]
+    running = service.running(session_name(session_id), request[CALLER])
+    for answer in running:
+        answer.cancel()
+    session = service.sessions.get(request[CALLER].key, session_id)
+    return json_response(_reply("", 0, 0, session.num_tokens if session else 0, "abort" if running else "stop"))
+
+
+def _only_end(service: Service, values: dict[str, Any], key: str) -> web.Response:
+    if values["interactive_mode"]:
+        raise bad("prompt", "prompt is empty; give some text, or end the session with interactive_mode = false.", "invalid_value")
+    session = service.sessions.get(key, values["session_id"])
+    if session is not None and session.busy:
+        raise ApiError(409, "The session is answering; cancel it first.", param="session_id", code="session_busy")
+    service.sessions.end(key, values["session_id"])
+    return json_response(_reply("", 0, 0, session.num_tokens if session else 0, "stop"))
+
+
+class Turn:
+    """One turn of a session, from the prompt to what is remembered of it."""
+
+    def __init__(self, service: Service, request: web.Request, values: dict[str, Any], session: Session) -> None:
+        self._service = service
+        self._request = request
+        self._values = values
+        self._session = session
+        self._id: int = values["session_id"]
+        self._key = request[CALLER].key
+
+    async def run(self, served: Served, started_s: float) -> web.StreamResponse:
+        service, request, values = self._service, self._request, self._values
+        history = self._session.num_tokens
+        wanted = self._wanted()
+        conversation = self._session.messages + values["prompt"]
+        if self._id > 0:
+            self._session = service.sessions.begin(self._key, self._id)
+        text, num_tokens = "", history
+        keep = False
+        try:
+            prompt = await render_messages(service, served, conversation, param="prompt")
+            frames = LineFrames(max(0, len(prompt) - history), min(history, len(prompt)))
+            answer = service.submit(
+                [prompt], wanted, request[CALLER], default_tokens=DEFAULT_TOKENS, param="prompt", started_s=started_s, chat=True,
+                names=(request[REQUEST_ID], session_name(self._id) if self._id > 0 else ""),
+            )  # fmt: skip
+            try:
+                if wanted.stream:
+                    response = await stream_answer(request, answer, frames.of(answer), service.config.http)
+                else:
+                    response = json_response(await frames.of(answer).fold(answer))
+            finally:
+                request[NOTE] = service.finished(answer)
+                keep, text = True, frames.text
+                num_tokens = len(prompt) + answer.usage.completion_tokens
+            return response
+        finally:
+            self._remember([*conversation, {"role": "assistant", "content": text}] if keep else None, num_tokens)
+
+    def _remember(self, conversation: list[dict[str, str]] | None, num_tokens: int) -> None:
+        """A turn that never began leaves the session as it was; one that broke off is remembered as far as it came."""
+        if self._id < 0:
+            return
+        if not self._values["interactive_mode"]:
+            self._service.sessions.end(self._key, self._id)
+        else:
+            self._service.sessions.finish(self._session, self._session.messages if conversation is None else conversation, num_tokens)
+
+    def _wanted(self) -> Wanted:
+        names = (
+            "top_p",
+            "top_k",
+            "temperature",
+            "repetition_penalty",
+            "min_p",
+            "stop",
+            "ignore_eos",
+            "skip_special_tokens",
+            "seed",
+            "stream",
+        )
+        return self._service.wanted(**{name: self._values[name] for name in names}, max_tokens=self._values["request_output_len"])
+
+
+class LineFrames(Framing):
+    """LMDeploy's objects, one a line."""
+
+    headers = {"Content-Type": "application/x-ndjson; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    ping = b""
+    done = b""
+
+    def __init__(self, input_tokens: int, history_tokens: int) -> None:
+        self._input = input_tokens
+        self._history = history_tokens
+        self._texts: list[str] = []
+        self._answer: Answer | None = None
+
+    def of(self, answer: Answer) -> Self:
+        self._answer = answer
+        return self
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    def opening(self) -> bytes:
+        return b""
+
+    def delta(self, delta: Delta) -> bytes:
+        self._texts.append(delta.text)
+        return orjson.dumps(self._object(delta.text, delta.finish_reason)) + b"\n"
+
+    def closing(self, answer: Answer) -> bytes:
+        return b""
+
+    def failed(self, error: ApiError) -> bytes:
+        return orjson.dumps({**self._object("", "error"), **error.body()}) + b"\n"
+
+    async def fold(self, answer: Answer) -> dict[str, Any]:
+        async for batch in answer.deltas():
+            self._texts += [delta.text for delta in batch]
+        return self._object(self.text, answer.choices[0].finish_reason)
+
+    def _object(self, text: str, reason: str | None) -> dict[str, Any]:
+        tokens = self._answer.choices[0].num_generated if self._answer is not None else 0
+        return _reply(text, tokens, self._input, self._history, reason)
+
+
+def _reply(text: str, tokens: int, input_tokens: int, history_tokens: int, reason: str | None) -> dict[str, Any]:
+    return {"text": text, "tokens": tokens, "input_tokens": input_tokens, "history_tokens": history_tokens, "finish_reason": reason}

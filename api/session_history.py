@@ -1,0 +1,64 @@
+"""Who said what in each session of /v1/chat/interactive: one small class between the protocol and whatever keeps sessions.
+
+Here a session is its messages; each turn is rendered whole and the prefix cache finds what was computed before. Bounded:
+the session that was idle longest makes room for a new one. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+MAX_SESSIONS = 1024
+MAX_CHARS = 64 << 20  # of all sessions together
+
+
+@dataclass(slots=True)
+class Session:
+    messages: list[dict[str, str]] = field(default_factory=list)
+    num_tokens: int = 0  # prompt and answer of the last turn
+    busy: bool = False
+    used_s: float = 0.0  # monotonic
+
+    @property
+    def size(self) -> int:
+        return sum(len(message["content"]) for message in self.messages)
+
+
+class SessionHistory:
+    def __init__(self, most: int = MAX_SESSIONS, max_chars: int = MAX_CHARS) -> None:
+        self._most = most
+        self._max_chars = max_chars
+        self._sessions: OrderedDict[tuple[str, int], Session] = OrderedDict()  # the one used last is last
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def get(self, key: str, session_id: int) -> Session | None:
+        """The caller's session of that number."""
+        return self._sessions.get((key, session_id))
+
+    def begin(self, key: str, session_id: int) -> Session:
+        """The session, made if need be, and busy until `finish` or `end`; the caller checked that it was not."""
+        session = self._sessions.setdefault((key, session_id), Session())
+        self._sessions.move_to_end((key, session_id))
+        session.busy, session.used_s = True, time.monotonic()
+        self._make_room()
+        return session
+
+    def finish(self, session: Session, messages: list[dict[str, str]], num_tokens: int) -> None:
+        """A turn is over: what the conversation is from now on."""
+        session.messages, session.num_tokens, session.busy = messages, num_tokens, False
+        self._make_room()
+
+    def end(self, key: str, session_id: int) -> bool:
+        """Forget the session; False where there is none."""
+        return self._sessions.pop((key, session_id), None) is not None
+
+    def _make_room(self) -> None:
+        chars = sum(session.size for session in self._sessions.values())
+        for name in [name for name, session in self._sessions.items() if not session.busy]:
+            if len(self._sessions) <= self._most and chars <= self._max_chars:
+                return
+            chars -= self._sessions.pop(name).size

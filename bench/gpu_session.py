@@ -174,7 +174,7 @@ class Session:
             if reason := stage.cannot(self.place):
                 return Outcome(name, "skipped", 0.0, reason)
             limit = min(stage.limit_s, self.left_s)
-            if limit < LEAST_S:
+            if self.left_s < LEAST_S:
                 return Outcome(name, "skipped", 0.0, f"{max(0.0, self.left_s):.0f} s are left")
             log.write(f"\n===== {name}: {stage.about}; at most {limit:.0f} s\n")
             log.flush()

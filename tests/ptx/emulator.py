@@ -62,7 +62,9 @@ class Emulator:
     """The kernels of one PTX text.
 
     `stats` after a launch: warp_instructions, thread_instructions, barriers, atomics, global_bytes_read,
-    global_bytes_written, and bank_conflicts: PTX line -> (instruction, ways), where 1.0 is free of conflicts.
+    global_bytes_written, and bank_conflicts: PTX line -> (instruction, ways), where 1.0 is free of conflicts; those are of
+    the first executions of a kernel in each launch shape, the rest is of this launch. Within a warp the emulator runs in
+    lockstep: a missing bar.warp.sync is not found.
     """
 
     def __init__(self, text: str) -> None:
@@ -131,7 +133,6 @@ class Emulator:
         if machine.shared.nbytes > SHARED_LIMIT:
             raise EmulatorError(f"{machine.shared.nbytes} bytes of shared memory; a thread block has at most {SHARED_LIMIT}")
         machine.options.conflict_samples = conflict_samples
-        machine.options.conflicts.clear()
         machine.window = Window(memory, self._memory)
         machine.options.global_shadow = GlobalShadow(machine.window) if global_races else None
         self._set_params(machine, args)

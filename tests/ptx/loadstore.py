@@ -125,10 +125,11 @@ class Port:
 
     def sample(self, address: Array, lanes: Lanes) -> None:
         """Bank conflicts of the first executions with whole warps."""
-        if self.samples < self.machine.options.conflict_samples and lanes is None:
+        if self.samples >= self.machine.options.conflict_samples or len(address) % 32:
+            return
+        if lanes is None or (lanes[31::32] - lanes[::32] == 31).all():
             self.samples += 1
-            ways = bank_ways(address[: 32 * 64].reshape(-1, 32), self.nbytes)
-            self.machine.options.conflict(self.instruction, ways)
+            self.machine.options.conflict(self.instruction, bank_ways(address[: 32 * 64].reshape(-1, 32), self.nbytes))
 
     def load(self, address: Array, lanes: Lanes) -> Array:
         """(n, count) words."""

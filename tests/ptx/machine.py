@@ -225,8 +225,7 @@ class Machine:
         if operand.kind == "imm":
             if dtype == np.bool_:
                 return np.array(operand.value != 0)
-            if dtype.kind == "f":
-                return np.array(operand.value, dtype)
+            # bits, also for a float: PTX writes float constants as 0f..., so this one came through a mov of bits
             return np.array(operand.value % (1 << 8 * dtype.itemsize), RAW[dtype.itemsize]).view(dtype)
         if operand.kind == "f32":
             value = struct.unpack("<f", struct.pack("<I", operand.value))[0]

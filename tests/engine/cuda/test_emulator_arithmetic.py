@@ -212,6 +212,8 @@ REALS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.nd
     "abs.f32": ("abs.f32 %f3, %f0;", lambda a, b, c: np.abs(a)),
     "copysign": ("copysign.f32 %f3, %f1, %f0;", lambda a, b, c: np.copysign(a, b)),
     "immediate": ("mul.f32 %f3, %f0, 0f3FC00000;", lambda a, b, c: a * np.float32(1.5)),
+    "bits in a register": ("mov.b32 %f0, 0x40490fdb; mul.f32 %f3, %f1, %f0;", lambda a, b, c: b * np.float32(np.pi)),
+    "halves by bits": ("mov.u16 %h4, 0x3C00; cvt.rn.f16.f32 %h0, %f1; add.f16 %h1, %h0, %h4; cvt.f32.f16 %f3, %h1;", lambda a, b, c: (b.astype(np.float16) + np.float16(1)).astype(np.float32)),
     "cvt.rni": ("cvt.rni.f32.f32 %f3, %f0;", lambda a, b, c: np.rint(a)),
     "cvt.rpi": ("cvt.rpi.f32.f32 %f3, %f0;", lambda a, b, c: np.ceil(a)),
     "cvt.rmi": ("cvt.rmi.f32.f32 %f3, %f0;", lambda a, b, c: np.floor(a)),

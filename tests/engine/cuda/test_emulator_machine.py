@@ -283,6 +283,19 @@ def test_bank_conflicts_of_ldmatrix(stride: int, ways: float) -> None:
     assert [value for text, value in conflicts.values() if text.startswith("ldmatrix")] == [ways]
 
 
+def test_bank_conflicts_are_told_at_every_launch() -> None:
+    emulator, memory, y = (
+        Emulator(module("mov.u32 %r1, smem; mad.lo.u32 %r2, %tid, 8, %r1; st.shared.u32 [%r2], %tid;", variables=SHARED)),
+        Memory(),
+        np.zeros(64, np.uint32),
+    )
+    memory.add(y)
+    stats = [emulator.launch(None, 1, 48, [y, y], memory)["bank_conflicts"] for _ in range(3)]
+    assert stats == [{}, {}, {}]  # the second warp is not whole
+    stats = [emulator.launch(None, 3, 64, [y, y], memory)["bank_conflicts"] for _ in range(3)]
+    assert [ways for each in stats for _, ways in each.values()] == [2.0, 2.0, 2.0]
+
+
 def test_instructions_are_counted() -> None:
     y = np.zeros(64, np.uint32)
     before, after = (run(body, y.copy(), y, grid=2) for body in ("", "add.u32 %r0, %tid, 1; add.u32 %r1, %tid, 2;"))

@@ -13,9 +13,8 @@ import inspect
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
-from numba.cuda.core.targetconfig import ConfigStack
-from numba.cuda.extending import intrinsic
+
+from engine.cuda.target import ConfigStack, intrinsic, types
 
 u16, u32, u64, i32, f32, f64 = types.uint16, types.uint32, types.uint64, types.int32, types.float32, types.float64
 

@@ -15,9 +15,13 @@ import numpy
 if not hasattr(numpy, "row_stack"):
     numpy.row_stack = numpy.vstack  # numba-cuda 0.30 reads the name that NumPy 2.5 removed
 
-from numba import cuda, types
+from numba import config, cuda, types
 
-__all__ = ["PTX_ARCHITECTURES", "compile_ptx", "cuda", "pointer", "types"]
+if not config.ENABLE_CUDASIM:  # the simulator has no instructions of a card
+    from numba.cuda.core.targetconfig import ConfigStack
+    from numba.cuda.extending import intrinsic
+
+__all__ = ["PTX_ARCHITECTURES", "ConfigStack", "compile_ptx", "cuda", "intrinsic", "pointer", "types"]
 
 # What CI compiles for: A100, RTX 30, RTX 40 and L4, H100 and H200. Older cards take the portable kernels.
 PTX_ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0))

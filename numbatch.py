@@ -308,6 +308,22 @@ class Pipeline:
         session.ask(prompt, gen_config)
         return session
 
+    def get_ppl(self, input_ids: Any) -> list[float]:
+        """How well the model predicts a text or ids (or each of several): mean cross entropy in nats, as LMDeploy's
+        get_ppl and POST /get_ppl give it; `math.exp` of it is the perplexity. No chat template is applied."""
+        _, many = _prompt_list(input_ids)
+
+        async def losses() -> list[float]:
+            window = asyncio.Semaphore(self._window)
+
+            async def one(prompt: Any) -> float:
+                async with window:
+                    return await self.model.loss(prompt)
+
+            return list(await asyncio.gather(*(one(prompt) for prompt in many)))
+
+        return self.model.run(losses)
+
     def session(self, gen_config: GenerationConfig | None = None) -> Session:
         """An empty conversation."""
         return Session(self, gen_config)

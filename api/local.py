@@ -8,6 +8,7 @@ touches theirs. Knows no JSON and no status codes: a refusal is a `ValueError`, 
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import sys
 import threading
@@ -128,6 +129,22 @@ class LocalModel:
         return service.submit(
             [ids], read(values, logprobs), NOBODY, default_tokens=default_tokens, param=param, started_s=started_s, chat=chat
         )
+
+    async def loss(self, prompt: str | Sequence[int]) -> float:
+        """On the model's loop: mean cross entropy (nats) of the prompt's ids after the first. Raises ApiError."""
+        service, started_s = self.service, time.monotonic()
+        ids = await service.encode(prompt, "input") if isinstance(prompt, str) else [int(i) for i in prompt]
+        if len(ids) < 2:
+            raise bad("input", "A text of one token has no perplexity; give at least two.", "invalid_value")
+        wanted = service.wanted(max_tokens=0, temperature=0.0, prompt_logprobs=0)
+        answer = service.submit([ids], wanted, NOBODY, default_tokens=None, param="input", started_s=started_s)
+        try:
+            async for _ in answer.deltas():
+                pass
+            found = [value.logprob for value in answer.choices[0].prompt_logprobs]
+            return -math.fsum(found) / len(found)
+        finally:
+            service.finished(answer)
 
     def close(self) -> None:
         """End the engine and its thread; idempotent. Answers that still run fail."""

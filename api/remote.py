@@ -120,6 +120,11 @@ class APIClient:
         answer = self.post("/v1/encode", {"input": input, "do_preprocess": do_preprocess, "add_bos": add_bos})
         return answer["input_ids"], answer["length"]
 
+    def get_ppl(self, input: str | Sequence[Any]) -> list[float]:
+        """POST /get_ppl: mean cross entropy (nats) of a text or ids, or of each of several; exp() of it is the perplexity."""
+        found = self.post("/get_ppl", {"input": input})["ppl"]
+        return list(found) if isinstance(found, list) else [float(found)]
+
     def chat(self, messages: Sequence[dict[str, Any]], **fields: Any) -> Iterator[str]:
         """The text of an answer as it comes."""
         for chunk in self.chat_completions_v1(messages=messages, stream=True, **fields):
@@ -182,15 +187,16 @@ def _body(response: httpx.Response) -> Any:
         raise RuntimeError(f"The server answered {response.status_code} without JSON; is {response.url} a numbatch server?") from None
     if response.status_code >= 400:
         error = value.get("error") if isinstance(value, dict) else None
-        message = error.get("message") if isinstance(error, dict) else None
+        message = error.get("message") if isinstance(error, dict) else error  # KServe's is the sentence itself
         text = str(message or f"The server answered {response.status_code}.")
         raise ValueError(text) if response.status_code < 500 else RuntimeError(text)
     return value
 
 
 def _checked(value: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(value.get("error"), dict):
-        raise RuntimeError(str(value["error"].get("message", "The server ended the answer.")))
+    error = value.get("error")
+    if error:
+        raise RuntimeError(str(error.get("message", "The server ended the answer.") if isinstance(error, dict) else error))
     return value
 
 

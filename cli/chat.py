@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from cli.arguments import Parser, UsageError, say
 from cli.flags import CACHE, ENGINE, MODEL, add_flags, configuration, refused
 from config.given import UNGUARDED
 from config.load import toml_value
 
-if TYPE_CHECKING:
-    from api.remote import APIClient
-    from numbatch import Pipeline
-
 SECTIONS = (MODEL, ENGINE, CACHE)
 ENGINE_WORDS = ("turbomind", "torch", "pytorch")
 MANNERS = "Two Enters end the input, `end` begins a new conversation, `exit` leaves, Ctrl-C stops an answer."
-SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
 def parser() -> Parser:
@@ -86,6 +80,7 @@ def in_process(args: argparse.Namespace, by_name: bool) -> int:
         say(line)
 
     from api.lifecycle import EXIT_INTERNAL, exit_code
+    from cli.partners import InProcess
     from cli.terminal import converse
     from numbatch import Pipeline
 
@@ -111,11 +106,10 @@ def _take_meta_instruction(args: argparse.Namespace, template: str) -> str | Non
     return text
 
 
-def over_http(url: str, args: argparse.Namespace) -> int:
-    """The same conversation with a server."""
-    import os
-
+def over_http(url: str, args: argparse.Namespace, session_id: int | None = None) -> int:
+    """The same conversation with a server. `session_id`: let the server remember it under this number."""
     from api.remote import APIClient
+    from cli.partners import InSession, OverHttp
     from cli.terminal import converse
 
     with APIClient(url, args.api_key or os.environ.get("NUMBATCH_API_KEY")) as client:
@@ -125,64 +119,7 @@ def over_http(url: str, args: argparse.Namespace) -> int:
             say(f"numbatch: {error}")
             return 1
         say(f"{', '.join(names)} at {client.url}")
-        return converse(OverHttp(client, args), args.history)
-
-
-class InProcess:
-    """A partner in this process. A model without a chat template continues what is typed."""
-
-    def __init__(self, pipe: Pipeline, args: argparse.Namespace) -> None:
-        from numbatch import GenerationConfig
-
-        self._pipe = pipe
-        given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
-        self._config = GenerationConfig(max_new_tokens=args.max_tokens, random_seed=args.seed, **given)
-        self._opening = _opening(args)
-        self._messages = list(self._opening)
-
-    def reply(self, text: str) -> Iterator[str]:
-        asked = [*self._messages, {"role": "user", "content": text}]
-        said = ""
-        prompt: Any = asked if self._pipe.model.loaded.template is not None else text
-        try:
-            with closing(self._pipe.stream_infer(prompt, self._config)) as pieces:  # type: ignore[type-var]  # a generator
-                for piece in pieces:
-                    said += piece.text
-                    yield piece.text
-        finally:
-            if said:
-                self._messages = [*asked, {"role": "assistant", "content": said}]
-
-    def forget(self) -> None:
-        self._messages = list(self._opening)
-
-
-class OverHttp:
-    """A partner behind a port; the whole conversation is sent, and its cached prefix is not computed again."""
-
-    def __init__(self, client: APIClient, args: argparse.Namespace) -> None:
-        self._client = client
-        given = {name: getattr(args, name) for name in (*SAMPLING, "max_tokens", "seed")}
-        sampled = any(given[name] is not None for name in ("temperature", "top_p", "top_k"))
-        self._fields = given | ({} if sampled else {"temperature": 0.0})
-        self._opening = _opening(args)
-        self._messages = list(self._opening)
-
-    def reply(self, text: str) -> Iterator[str]:
-        asked = [*self._messages, {"role": "user", "content": text}]
-        said = ""
-        try:
-            with closing(self._client.chat(asked, **self._fields)) as pieces:  # type: ignore[type-var]  # a generator
-                for piece in pieces:
-                    said += piece
-                    yield piece
-        finally:
-            if said:
-                self._messages = [*asked, {"role": "assistant", "content": said}]
-
-    def forget(self) -> None:
-        self._messages = list(self._opening)
-
-
-def _opening(args: argparse.Namespace) -> list[dict[str, str]]:
-    return [{"role": "system", "content": args.system}] if args.system else []
+        if session_id is None:
+            return converse(OverHttp(client, args), args.history)
+        with InSession(client, args, session_id) as partner:
+            return converse(partner, args.history)

@@ -5,7 +5,9 @@ A name selects markers (`text/lmdeploy_template.py`) and nothing else: `qwen-7b`
 
 from __future__ import annotations
 
-from text.lmdeploy_template import BUILT_IN
+from typing import Any
+
+from text.lmdeploy_template import BUILT_IN, LMDeployTemplate
 
 ALIASES = {
     "internlm-chat": "internlm",
@@ -38,6 +40,15 @@ def built_in_template(name: str) -> str | None:
     plain = name.rstrip("/").rpartition("/")[2].lower()
     plain = ALIASES.get(plain, plain)
     return plain if plain in BUILT_IN else None
+
+
+def template_named(name: str) -> LMDeployTemplate | None:
+    """The built-in template that `name` means; None if none."""
+    found = built_in_template(name)
+    if found is None:
+        return None
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in BUILT_IN[found].items()}
+    return LMDeployTemplate(**values)
 
 
 def known_names() -> dict[str, tuple[str, ...]]:

@@ -176,6 +176,25 @@ def test_answers_equal_those_over_http(pipe: Pipeline) -> None:
     assert mine.text == answer["choices"][0]["message"]["content"]
 
 
+def test_perplexity_is_that_of_the_endpoint(pipe: Pipeline) -> None:
+    texts = ["how likely", "is this?", "ab"]
+    losses = pipe.get_ppl(texts)
+    assert len(losses) == 3
+    assert pipe.get_ppl([list(text.encode()) for text in texts]) == losses
+    assert pipe.get_ppl(texts[0]) == losses[:1]
+    with serving() as server:
+        status, answer = server.post("/get_ppl", {"input": texts})
+    assert status == 200
+    assert answer["ppl"] == pytest.approx(losses)
+    with pytest.raises(ValueError, match="has no perplexity"):
+        pipe.get_ppl("a")
+
+
+def test_words_and_ids_may_be_ruled_out(pipe: Pipeline) -> None:
+    config = GenerationConfig(max_new_tokens=30, ignore_eos=True, allowed_token_ids=[65, 66, 67], bad_words=["B"])
+    assert set(pipe("x", config).text) <= {"A", "C"}
+
+
 def test_lmdeploys_engine_settings_are_knobs() -> None:
     engine = EngineConfig(session_len=300, max_batch_size=3, cache_block_seq_len=32, num_tokens_per_iter=64, quant_policy="none")
     with pipeline(backend_config=engine, device="mock", num_blocks=64) as pipe:

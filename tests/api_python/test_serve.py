@@ -39,6 +39,22 @@ def test_the_client_asks_and_answers(server: RunningServer) -> None:
     assert continued["usage"]["completion_tokens"] <= 4
 
 
+def test_a_session_that_the_server_keeps(server: RunningServer) -> None:
+    first, *_ = server.chat_interactive_v1("one", session_id=3, interactive_mode=True, request_output_len=5, ignore_eos=True)
+    assert first["tokens"] == 5
+    pieces = list(server.chat_interactive_v1("two", 3, True, stream=True, request_output_len=5, ignore_eos=True))
+    assert pieces[-1]["finish_reason"] == "length"
+    assert pieces[-1]["history_tokens"] > 5
+    list(server.chat_interactive_v1("", 3, False, request_output_len=0))
+
+
+def test_ids_and_perplexity(server: RunningServer) -> None:
+    assert server.encode("hi") == ([104, 105], 2)
+    assert server.encode(["hi", "a"]) == ([[104, 105], [97]], [2, 1])
+    assert len(server.get_ppl("some text")) == 1
+    assert len(server.get_ppl(["some text", "more"])) == 2
+
+
 def test_errors_are_pythons_with_the_servers_sentence(server: RunningServer) -> None:
     with pytest.raises(ValueError, match="max_tokens must be between"):
         list(server.chat_completions_v1("m", "x", max_tokens=-1))

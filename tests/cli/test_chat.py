@@ -60,6 +60,32 @@ def test_both_ways_say_the_same(server: Running) -> None:
     assert answers(over_http.stdout)[0]
 
 
+def test_the_server_may_keep_the_conversation(server: Running) -> None:
+    words = ("--max-tokens", "6", "--system", "Be brief.")
+    stateless = run("serve", "api_client", server.url, *words, stdin="a\n\nb\n\nend\n\na\n\n")
+    kept = run("serve", "api_client", server.url, "--session-id", "77", *words, stdin="a\n\nb\n\nend\n\na\n\n")
+    assert kept.returncode == 0, kept.stderr
+    assert answers(kept.stdout) == answers(stateless.stdout)
+    assert server.call(lambda: server.service.sessions.get("", 77)) is None, "the chat left its session behind"
+
+
+def test_a_chat_over_kserve(server: Running) -> None:
+    address = server.url.removeprefix("http://")
+    done = run("serve", "triton_client", address, "--max-tokens", "6", stdin="a\n\nb\n\nend\n\na\n\nexit\n\n")
+    assert done.returncode == 0, done.stderr
+    a, b, _, again, left = answers(done.stdout)
+    assert a == again
+    assert b not in ("", a)
+    assert left == ""
+    status, continued = server.post("/v1/completions", {"prompt": f"a{a}b", "max_tokens": 6, "temperature": 0})
+    assert status == 200
+    assert continued["choices"][0]["text"].strip() == b
+    marked = run("serve", "triton_client", address, "--chat-template", "qwen-7b", "--max-tokens", "6", stdin="a\n\n")
+    assert answers(marked.stdout)[0] not in ("", a)
+    missing = run("serve", "triton_client", address, "--model-name", "other", stdin="a\n\n")
+    assert "There is no such model" in missing.stderr
+
+
 def test_a_refused_question_leaves_the_chat_open(server: Running) -> None:
     done = run("chat", "--url", server.url, "--max-tokens", "4", stdin=f"{'x' * 9000}\n\nshort\n\n")
     assert done.returncode == 0

@@ -52,18 +52,24 @@ class Options:
         self.conflict_samples = 4
         self.global_shadow: GlobalShadow | None = None
         self.conflicts: dict[int, tuple[str, list[float]]] = {}
+        self.sectors: dict[int, tuple[str, list[float]]] = {}
 
     def conflict(self, instruction: Instruction, ways: float) -> None:
         """Note the bank conflicts of one execution."""
         self.conflicts.setdefault(instruction.line, (instruction.text, []))[1].append(ways)
+
+    def sector(self, instruction: Instruction, ratio: float) -> None:
+        """Note how many sectors of global memory one execution touched, over the fewest possible."""
+        self.sectors.setdefault(instruction.line, (instruction.text, []))[1].append(ratio)
 
 
 class Emulator:
     """The kernels of one PTX text.
 
     `stats` after a launch: warp_instructions, thread_instructions, barriers, atomics, global_bytes_read,
-    global_bytes_written, and bank_conflicts: PTX line -> (instruction, ways), where 1.0 is free of conflicts; those are of
-    the first executions of a kernel in each launch shape, the rest is of this launch. Within a warp the emulator runs in
+    global_bytes_written; bank_conflicts: PTX line -> (instruction, ways), where 1.0 is free of conflicts; sectors: PTX line ->
+    (instruction, 32-byte sectors of global memory over the fewest possible). These two are of the first executions of a
+    kernel in each launch shape, the rest is of this launch. Within a warp the emulator runs in
     lockstep: a missing bar.warp.sync is not found.
     """
 
@@ -145,8 +151,7 @@ class Emulator:
             exists = machine.place(whole_grid, whole_block, first)
             machine.reset(races, poison)
             program.run(exists, step_limit)
-        conflicts = {line: (text, float(np.mean(ways))) for line, (text, ways) in sorted(machine.options.conflicts.items())}
-        self.stats = {**machine.stats, "bank_conflicts": conflicts}
+        self.stats = {**machine.stats, "bank_conflicts": means(machine.options.conflicts), "sectors": means(machine.options.sectors)}
         return self.stats
 
     def _program(self, kernel: Kernel, blocks: int, threads: int, shared_bytes: int) -> Program:
@@ -171,6 +176,11 @@ class Emulator:
                 place[...] = np.frombuffer(value, np.uint8)
                 continue
             place[...] = np.array([as_number(value, kind)], DTYPE[kind]).view(np.uint8)
+
+
+def means(samples: dict[int, tuple[str, list[float]]]) -> dict[int, tuple[str, float]]:
+    """PTX line -> (instruction, mean)."""
+    return {line: (text, float(np.mean(values))) for line, (text, values) in sorted(samples.items())}
 
 
 def as_number(value: Any, kind: str) -> Any:

@@ -79,7 +79,7 @@ class Port:
         machine, nbytes = self.machine, self.nbytes
         if space == "shared":
             at = machine.shared.locate(self.instruction, address, lanes, nbytes, write)
-            self.sample(address, lanes)
+            self.sample(address, lanes, bank_ways, machine.options.conflict)
             if write:
                 machine.shared.write(self.instruction, at, lanes, nbytes)
             else:
@@ -94,6 +94,7 @@ class Port:
                 lane = wrong if lanes is None else int(lanes[wrong])
                 raise machine.error(self.instruction, lane, str(out_of_bounds(window, at, wrong, nbytes, write)))
             self.aligned(at, lanes, window.base)
+            self.sample(at, lanes, sector_ratio, machine.options.sector)
             machine.stats["global_bytes_written" if write else "global_bytes_read"] += nbytes * len(at)
             if machine.options.global_shadow is not None and not self.volatile:
                 blocks = machine.index if lanes is None else machine.index[lanes]
@@ -123,13 +124,15 @@ class Port:
                 self.instruction, lane, f"the address {int(at[wrong]) + base:#x} is not a multiple of {self.nbytes} bytes"
             )
 
-    def sample(self, address: Array, lanes: Lanes) -> None:
-        """Bank conflicts of the first executions with whole warps."""
+    def sample(
+        self, address: Array, lanes: Lanes, measure: Callable[[Array, int], float], report: Callable[[Instruction, float], None]
+    ) -> None:
+        """How well the first executions with whole warps use the memory."""
         if self.samples >= self.machine.options.conflict_samples or len(address) % 32:
             return
         if lanes is None or (lanes[31::32] - lanes[::32] == 31).all():
             self.samples += 1
-            self.machine.options.conflict(self.instruction, bank_ways(address[: 32 * 64].reshape(-1, 32), self.nbytes))
+            report(self.instruction, measure(address[: 32 * 64].reshape(-1, 32), self.nbytes))
 
     def load(self, address: Array, lanes: Lanes) -> Array:
         """(n, count) words."""
@@ -169,6 +172,12 @@ def bank_ways(address: Array, nbytes: int) -> float:
     counts = np.zeros((len(words), 32), np.int64)
     np.add.at(counts, (np.nonzero(fresh)[0], ordered[fresh] % 32), 1)
     return float(counts.max(axis=1).mean())
+
+
+def sector_ratio(address: Array, nbytes: int) -> float:
+    """Sectors of 32 bytes that the warps touch, over the fewest that could hold as many different bytes."""
+    places, sectors = (1 + (np.diff(np.sort(a, axis=1), axis=1) != 0).sum(axis=1) for a in (address, address >> 5))
+    return float((sectors / np.ceil(places * nbytes / 32)).mean())
 
 
 def vector_items(operand: Operand) -> tuple[Operand, ...]:

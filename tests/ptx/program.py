@@ -42,6 +42,7 @@ MEMBERS = {"shfl": 4, "vote": 2, "match": 2, "redux": 2, "elect": 1}  # where th
 ENDS = {"bra", "brx", "ret", "exit", "trap", "brkpt"}
 BARRIERS = {"bar", "barrier"}
 POLLS = {"atom", "nanosleep"}
+WORK = {"st", "red", "cp", "mma", "wgmma", "stmatrix"}  # what no loop that only waits does
 EXITED = -1
 IDLE_LIMIT = 10_000  # rounds in which everybody polls
 
@@ -74,6 +75,7 @@ class Block:
         self.body = code[start : end - (self.last is not None)]
         self.gate = next((i for i in self.body[:1] if is_collective(i) and i.guard is None), None)
         self.polls = any(polls(i) for i in self.body)
+        self.works = any(i.parts[0] in WORK for i in self.body)
         self.full: list[Callable[[], Any]] = []
         self.live: list[Callable[[Array], None]] = []
         self.masked: list[Callable[[Array], None]] = []
@@ -204,6 +206,8 @@ class Program:
         count = machine.lanes if mask is self.every else int(np.count_nonzero(mask))
         if count == 0:
             return
+        if block.works:
+            self.idle = 0
         if count == machine.lanes:
             mask = self.every
             for run in block.full:

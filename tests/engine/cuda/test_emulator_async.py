@@ -110,6 +110,15 @@ def test_a_flag_of_another_thread_block() -> None:
     assert (y[32:64] == 7).all()
 
 
+def test_tickets_of_a_long_loop_are_no_waiting() -> None:
+    """Work handed out by an atomic: 12,000 rounds, all lanes together."""
+    body = """LOOP: setp.ne.u32 %p0, %tid, 0; mov.u32 %r0, 0; @%p0 bra SHARE; atom.global.add.u32 %r0, [%py], 1; SHARE: shfl.sync.idx.b32 %r0, %r0, 0, 31, -1;
+    st.global.u32 [%yi+128], %r0; setp.lt.u32 %p1, %r0, 12000; @%p1 bra LOOP;"""
+    y = np.zeros(64, np.uint32)
+    run(body, y.copy(), y)
+    assert y[0] == 12001 and (y[32:] == 12000).all()
+
+
 # -- wgmma ----------------------------------------------------------------------------------------------------------------------
 
 WIDTH = {0: 8, 3: 16, 2: 32, 1: 64}  # elements of a row of the pattern, by the swizzle's code

@@ -296,6 +296,21 @@ def test_bank_conflicts_are_told_at_every_launch() -> None:
     assert [ways for each in stats for _, ways in each.values()] == [2.0, 2.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    ("stride", "kind", "ratio"),
+    [(4, "b32", 1.0), (8, "b32", 2.0), (32, "b32", 8.0), (0, "b32", 1.0), (16, "v4.b32", 1.0), (32, "v4.b32", 2.0)],
+)
+def test_sectors_of_global_memory_are_counted(stride: int, kind: str, ratio: float) -> None:
+    target = "{%r4, %r5, %r6, %r7}" if kind[0] == "v" else "%r4"
+    x = np.zeros(512, np.uint32)
+    start = -x.ctypes.data % 32
+    memory = Memory()
+    memory.add(x)
+    text = module(f"mul.wide.u32 %d0, %tid, {stride}; add.s64 %d1, %px, %d0; ld.global.{kind} {target}, [%d1];")
+    stats = Emulator(text).launch(None, 1, 32, [x.ctypes.data + start, x], memory)
+    assert [value for _, value in stats["sectors"].values()] == [ratio]
+
+
 def test_instructions_are_counted() -> None:
     y = np.zeros(64, np.uint32)
     before, after = (run(body, y.copy(), y, grid=2) for body in ("", "add.u32 %r0, %tid, 1; add.u32 %r1, %tid, 2;"))

@@ -125,12 +125,10 @@ class ChatFrames(Framing):
 
     def opening(self) -> bytes:
         role = b'"role":"assistant","content":"","refusal":null'
-        tail = (
-            self._tail(',"prompt_token_ids":' + _compact(prompt_ids(self._answer.choices[0]))) if self._want_ids and self._answer else b""
-        )
-        plain = b'},"logprobs":null,"finish_reason":null' + tail if tail else self._plain
-        echo = orjson.dumps(self._echo) if self._echo else b""
-        return b"".join(self._empty[i] + role + plain + (self._text[i] + echo + self._plain if echo else b"") for i in range(self._n))
+        ids = ',"prompt_token_ids":' + _compact(prompt_ids(self._answer.choices[0])) if self._want_ids and self._answer else ""
+        nothing = b'},"logprobs":null,"finish_reason":null'
+        echo = orjson.dumps(self._echo) + nothing + self._tail() if self._echo else b""
+        return b"".join(self._empty[i] + role + nothing + self._tail(ids) + (self._text[i] + echo if echo else b"") for i in range(self._n))
 
     def delta(self, delta: Delta) -> bytes:
         if delta.finish_reason is None and not delta.logprobs and not self._continuous and not delta.token_ids:  # the hot path
@@ -141,7 +139,7 @@ class ChatFrames(Framing):
             logprobs = {"content": entries(delta.logprobs, self._tokenizer), "refusal": None} if delta.logprobs else None
             out = self._text[delta.index] + orjson.dumps(delta.text) + b'},"logprobs":' + orjson.dumps(logprobs)
             ids = b',"token_ids":' + orjson.dumps(delta.token_ids) if self._want_ids else b""
-            out += b',"finish_reason":null' + ids + (self._end if last else self._tail())
+            out += b',"finish_reason":null' + ids + self._tail()
         if last:
             reason = orjson.dumps(delta.finish_reason)
             out += self._empty[delta.index] + b'},"logprobs":null,"finish_reason":' + reason + self._tail()

@@ -107,7 +107,7 @@ class CompletionFrames(Framing):
             self._due.discard(delta.index)
             prompt = self._prompt_lists(self._answer.choices[delta.index])
             out = self._text[delta.index] + orjson.dumps(self._echoes[delta.index])
-            out += b',"logprobs":' + orjson.dumps(prompt) + b',"finish_reason":null' + self._end
+            out += b',"logprobs":' + orjson.dumps(prompt) + b',"finish_reason":null' + self._tail()
         logprobs = orjson.dumps(self._lists(delta) if delta.logprobs else None)
         reason = orjson.dumps(delta.finish_reason)
         out += self._text[delta.index] + orjson.dumps(delta.text) + b',"logprobs":' + logprobs + b',"finish_reason":' + reason

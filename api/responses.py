@@ -128,14 +128,14 @@ class ResponseFrames(Framing):
         if not delta.text and not delta.logprobs:
             return b""
         self._take(delta)
-        logprobs = orjson.dumps(self._entries(delta.logprobs)) if delta.logprobs else b"[]"
+        logprobs = orjson.dumps(_without_bytes(self._entries(delta.logprobs))) if delta.logprobs else b"[]"
         number = self._number()
         return b'%b,"delta":%b,"logprobs":%b,"sequence_number":%d}\n\n' % (self._delta, orjson.dumps(delta.text), logprobs, number)
 
     def closing(self, answer: Answer) -> bytes:
         status = STATUS[answer.choices[0].finish_reason]
         part, place = self._part(), {"output_index": 0, "content_index": 0, "item_id": self._item}
-        logprobs = part["logprobs"]
+        logprobs = _without_bytes(part["logprobs"])
         last = {"completed": "response.completed", "incomplete": "response.incomplete"}.get(status, "response.failed")
         return (
             self._event("response.output_text.done", **place, text=part["text"], logprobs=logprobs)
@@ -208,6 +208,15 @@ class ResponseFrames(Framing):
 
     def _event(self, name: str, **fields: Any) -> bytes:
         return named_event(name, {"type": name, "sequence_number": self._number(), **fields})
+
+
+def _without_bytes(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As the events have them, other than the parts."""
+
+    def bare(item: dict[str, Any]) -> dict[str, Any]:
+        return {"token": item["token"], "logprob": item["logprob"]}
+
+    return [{**bare(item), "top_logprobs": [bare(other) for other in item["top_logprobs"]]} for item in found]
 
 
 def _usage(answer: Answer) -> dict[str, Any]:

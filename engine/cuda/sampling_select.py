@@ -2,7 +2,7 @@
 
 `engine/sampler_kernels.py` says what they must compute: the same keys, the same integer weights (float32 arithmetic as
 written, never contracted) and the same order (logit falling, then id rising), so that an id is the CPU's, bit for bit.
-`tools(...)` makes device functions for one vocabulary and thread block. Knows no slots and no parameters.
+`tools(...)` makes device functions for one size of thread block; a vocabulary is an argument. Knows no slots and no parameters.
 
     key     uint32, orders as its float32 does; -0.0 counts as 0.0
     weight  int64, exp((x - highest) * inverse_temperature) in units of 2**-43
@@ -28,7 +28,8 @@ i32, i64, u32, u64, f32 = types.int32, types.int64, types.uint32, types.uint64, 
 
 MAX_PARTS = 1024
 BINS = 2048
-MAX_VOCAB = (1 << 20) - 1  # so that sums of weights stay below 2**63
+LEAST_CHUNKS = 8
+MAX_VOCAB = 1 << 19  # parts of 16 chunks; sums of weights stay below 2**63
 WEIGHT_BITS = 43
 NEG_INF_KEY, POS_INF_KEY, ZERO_KEY = 0x007FFFFF, 0xFF800000, 0x80000000
 BAD_KEY = 0xFFFFFFFF  # what NaN and +inf count as
@@ -49,11 +50,11 @@ I64_PAIR = types.UniTuple(i64, 2)
 multiply, subtract, add = ptx.multiply_exact, ptx.subtract_exact, ptx.add_exact
 
 
-def part_of(vocab: int) -> int:
-    """Ids of a part: a multiple of 32, at least 256."""
+def chunks_of(vocab: int) -> int:
+    """How many times 32 ids a part has: what a warp loads at once."""
     if not 1 <= vocab <= MAX_VOCAB:
         raise ValueError(f"a vocabulary of {vocab} ids cannot be sampled; 1 to {MAX_VOCAB} can")
-    return max(256, -(-vocab // MAX_PARTS // 32) * 32)
+    return max(LEAST_CHUNKS, -(-vocab // (32 * MAX_PARTS)))
 
 
 @device_function(u32, f32)
@@ -184,13 +185,16 @@ def add_to_bin(arena: Any, index: Any, amount: Any) -> None:
         ptx.add_shared(at + u32(4), high)
 
 
-def tools(vocab: int, threads: int) -> SimpleNamespace:
+def tools(chunks: int, threads: int) -> SimpleNamespace:
     """Device functions over one row for thread blocks of `threads`, all of which must call them together. `row`: the global
-    address of its logits; `arena`: the shared address of ARENA_WORDS words, the tops of the row in it."""
-    part = part_of(vocab)
-    parts, chunks, warps = -(-vocab // part), part // 32, threads // 32
+    address of its `vocab` logits; `arena`: the shared address of ARENA_WORDS words, the tops of the row in it."""
+    part, warps = 32 * chunks, threads // 32
     per_thread = BINS // threads
     last_warp = warps - 1
+
+    @device_function(i32, i32)
+    def parts_of(vocab: Any) -> Any:
+        return i32(u32(vocab + i32(part - 1)) // u32(part))
 
     @device_function(I64_PAIR, i64, u32)
     def scan_of_block(value: Any, arena: Any) -> Any:
@@ -239,9 +243,19 @@ def tools(vocab: int, threads: int) -> SimpleNamespace:
         cuda.syncthreads()
         return load_i64(arena + u32(FOUND)), load_i64(arena + u32(FOUND + 8))
 
-    @device_function(types.void, u64, i32, u32, i64, u32, i32, u32, types.boolean, f32, f32)
+    @device_function(types.void, u64, i32, i32, u32, i64, u32, i32, u32, types.boolean, f32, f32)
     def add_part(
-        row: Any, index: Any, arena: Any, edge: Any, prefix: Any, level: Any, shift: Any, weighted: Any, highest: Any, inverse: Any
+        row: Any,
+        vocab: Any,
+        index: Any,
+        arena: Any,
+        edge: Any,
+        prefix: Any,
+        level: Any,
+        shift: Any,
+        weighted: Any,
+        highest: Any,
+        inverse: Any,
     ) -> None:
         """The ids of a part that match, into the bins: level 0 by bin up to `edge`, then those of bin `edge` by digits of the key."""
         lane = i32(cuda.threadIdx.x) & i32(31)
@@ -250,9 +264,9 @@ def tools(vocab: int, threads: int) -> SimpleNamespace:
         x_of = cuda.local.array(chunks, f32)
         first = index * i32(part) + lane
         for chunk in range(chunks):  # all loads before the first use
-            x_of[chunk] = ptx.load_f32(row + u64(min(first + i32(32 * chunk), i32(vocab - 1))) * u64(4))
+            x_of[chunk] = ptx.load_f32(row + u64(min(first + i32(32 * chunk), vocab - i32(1))) * u64(4))
         for chunk in range(chunks):
-            if first + i32(32 * chunk) < i32(vocab):
+            if first + i32(32 * chunk) < vocab:
                 x = x_of[chunk]
                 place = bin_of(x, highest, inverse)
                 if level == i32(0):
@@ -265,14 +279,14 @@ def tools(vocab: int, threads: int) -> SimpleNamespace:
                 if wanted:
                     add_to_bin(arena, place, weight_of(x, highest, inverse) if weighted else i64(1))
 
-    @device_function(types.Tuple((u32, i64)), u64, u32, i64, types.boolean, f32, f32)
-    def select(row: Any, arena: Any, target: Any, weighted: Any, highest: Any, inverse: Any) -> Any:
+    @device_function(types.Tuple((u32, i64)), u64, i32, u32, i64, types.boolean, f32, f32)
+    def select(row: Any, vocab: Any, arena: Any, target: Any, weighted: Any, highest: Any, inverse: Any) -> Any:
         """-> (key, ids with it) where the shortest prefix of at least `target` (1 .. the row's) ends."""
         thread = i32(cuda.threadIdx.x)
-        warp = thread >> i32(5)
+        warp, parts = thread >> i32(5), parts_of(vocab)
         clear(arena)
         index = thread
-        while index < i32(parts):
+        while index < parts:
             x = logit_of(top_of(arena, index))
             add_to_bin(arena, bin_of(x, highest, inverse), weight_of(x, highest, inverse) if weighted else i64(1))
             index += i32(threads)
@@ -283,9 +297,9 @@ def tools(vocab: int, threads: int) -> SimpleNamespace:
             clear(arena)
             shift = u32(21) if level == i32(1) else (u32(10) if level == i32(2) else u32(0))
             index = warp
-            while index < i32(parts):
+            while index < parts:
                 if i64(bin_of(logit_of(top_of(arena, index)), highest, inverse)) <= edge:
-                    add_part(row, index, arena, edge, prefix, level, shift, weighted, highest, inverse)
+                    add_part(row, vocab, index, arena, edge, prefix, level, shift, weighted, highest, inverse)
                 index += i32(warps)
             place, before = crossing(arena, target - above)
             above += before
@@ -301,24 +315,24 @@ def tools(vocab: int, threads: int) -> SimpleNamespace:
             ties = (ties + each - i64(1)) // each
         return prefix, ties
 
-    @device_function(i64, u64, u32, u32, i64, i64, f32, f32)
-    def keep(row: Any, arena: Any, key: Any, ties: Any, least: Any, highest: Any, inverse: Any) -> Any:
+    @device_function(i64, u64, i32, u32, u32, i64, i64, f32, f32)
+    def keep(row: Any, vocab: Any, arena: Any, key: Any, ties: Any, least: Any, highest: Any, inverse: Any) -> Any:
         """-> the weight of the kept ids: those with a larger key and the first `ties` with this one, if not lighter than `least`.
 
         Leaves the weight of each part at PART_SUMS, and the number of equal keys before it at TIES_BEFORE.
         """
         thread = i32(cuda.threadIdx.x)
-        lane, index = thread & i32(31), thread >> i32(5)
+        lane, index, parts = thread & i32(31), thread >> i32(5), parts_of(vocab)
         cuda.syncthreads()
-        while index < i32(parts):
+        while index < parts:
             total, equal = i64(0), u32(0)
             if top_of(arena, index) >= key:
                 x_of = cuda.local.array(chunks, f32)
                 first = index * i32(part) + lane
                 for chunk in range(chunks):
-                    x_of[chunk] = ptx.load_f32(row + u64(min(first + i32(32 * chunk), i32(vocab - 1))) * u64(4))
+                    x_of[chunk] = ptx.load_f32(row + u64(min(first + i32(32 * chunk), vocab - i32(1))) * u64(4))
                 for chunk in range(chunks):
-                    if first + i32(32 * chunk) < i32(vocab):
+                    if first + i32(32 * chunk) < vocab:
                         own = key_of(x_of[chunk])
                         weight = weight_of(x_of[chunk], highest, inverse)
                         total += weight if own > key and weight >= least else i64(0)
@@ -332,15 +346,15 @@ def tools(vocab: int, threads: int) -> SimpleNamespace:
         each = weight_of(logit_of(key), highest, inverse) if ties > i64(0) else i64(0)
         each = each if each >= least else i64(0)
         whole, before_all, start = i64(0), i64(0), i32(0)
-        while start < i32(parts):
+        while start < parts:
             index = start + thread
             equal_at = arena + u32(TIES_BEFORE) + u32(index) * u32(4)
             own = i64(0)
-            if index < i32(parts):
+            if index < parts:
                 own = i64(ptx.load_shared_32(equal_at))
             before, found = scan_of_block(own, arena)
             before += before_all
-            if index < i32(parts):
+            if index < parts:
                 ptx.store_shared_32(equal_at, u32(before))
                 sum_at = arena + u32(PART_SUMS) + u32(index) * u32(8)
                 weight = load_i64(sum_at) + min(max(ties - before, i64(0)), own) * each
@@ -351,4 +365,4 @@ def tools(vocab: int, threads: int) -> SimpleNamespace:
         _, kept = scan_of_block(whole, arena)
         return kept
 
-    return SimpleNamespace(part=part, parts=parts, chunks=chunks, warps=warps, scan_of_block=scan_of_block, select=select, keep=keep)
+    return SimpleNamespace(part=part, warps=warps, parts_of=parts_of, scan_of_block=scan_of_block, select=select, keep=keep)

@@ -44,8 +44,9 @@ class EmulatedDevice:
             memory, values = Memory(), []
             for place, argument in enumerate(arguments):
                 if isinstance(argument, torch.Tensor):
-                    if argument.numel():
-                        memory.add(argument, name=f"argument {place}")
+                    if argument.numel():  # rows that lie apart: all of the memory they are in
+                        whole = argument if argument.is_contiguous() else torch.empty(0, dtype=torch.uint8).set_(argument.untyped_storage())
+                        memory.add(whole, name=f"argument {place}")
                     values.append(argument.data_ptr())
                 else:
                     values.append(0 if argument is None else argument)

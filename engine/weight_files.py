@@ -27,6 +27,7 @@ from formats.errors import FormatError, printable
 from formats.gguf import GGUFFile, read_gguf
 from formats.json_file import read_json
 from formats.safetensors import SafetensorsFile, read_safetensors
+from formats.workspace import is_workspace, read_workspace
 
 DENSE_TYPES = ("F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
@@ -35,7 +36,9 @@ MAX_INDEX_BYTES = 32 << 20
 MAX_LISTED = 8  # names in a message
 
 # Tensors that may be there and are not parameters: what they hold follows from the spec.
-DERIVED = re.compile(r"((model|transformer)\.(layers\.\d{1,4}\.(self_attn|attention)\.)?rotary_emb\.inv_freq|rope_freqs\.weight|blk\.\d{1,4}\.attn_rot_embd)")
+DERIVED = re.compile(
+    r"((model|transformer)\.(layers\.\d{1,4}\.(self_attn|attention)\.)?rotary_emb\.inv_freq|rope_freqs\.weight|blk\.\d{1,4}\.attn_rot_embd)"
+)
 
 
 class TensorFile(Protocol):
@@ -104,6 +107,10 @@ def take_stock(path: Path | str, spec: ModelSpec) -> dict[str, Stored]:
     a tensor is missing, left over, or of a shape or type that does not fit."""
     path = Path(path)
     try:
+        if is_workspace(path):
+            from engine.workspace import stock_of_workspace  # which is written with this file
+
+            return stock_of_workspace(read_workspace(path), spec)
         if path.is_dir():
             return _stock_of_directory(path, spec)
         return _stock_of_gguf(read_gguf(path), spec)

@@ -127,6 +127,16 @@ def read_gguf(path: Path | str) -> GGUFFile:
     return GGUFFile(path, version, metadata, reader.tensor_entries(num_tensors, alignment), mapped)
 
 
+def without_tensors(path: Path | str) -> bytes:
+    """A GGUF file of the same keys and no tensors: what a tokenizer needs. Raises FormatError."""
+    path = Path(path)
+    mapped = map_file(path, smallest=len(MAGIC))
+    reader = _Reader(path.name, mapped)
+    reader.preamble()
+    reader.keys()
+    return mapped[:8] + struct.pack("<Q", 0) + mapped[16 : reader.pos]
+
+
 def _alignment(file: str, metadata: dict[str, object]) -> int:
     value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(value) is not int or not 0 < value <= MAX_ALIGNMENT or value & (value - 1):

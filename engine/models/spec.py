@@ -23,6 +23,7 @@ from engine.w4 import GROUP_SIZES
 from formats.errors import FormatError, printable
 from formats.gguf import GGUFFile, read_gguf
 from formats.json_file import read_json
+from formats.workspace import is_workspace, read_workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +168,13 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def load_spec(path: Path | str) -> ModelSpec:
-    """From a Hugging Face directory or a GGUF file; ModelError where it is broken or not supported."""
+    """From a Hugging Face directory, a GGUF file or a LMDeploy workspace; ModelError where it is broken or not supported."""
     path = Path(path)
     try:
+        if is_workspace(path):
+            from engine.workspace import spec_of_workspace  # which is written with this file
+
+            return spec_of_workspace(read_workspace(path))
         if path.is_dir():
             return _from_directory(path)
         if not path.exists():
@@ -330,7 +335,7 @@ def _window(keys: Keys, family: Family, layers: int) -> tuple[int, tuple[int, ..
 
 def _dtype_of_config(keys: Keys) -> str:
     key = "dtype" if keys.has("dtype") else "torch_dtype"
-    name = keys.text(key, "bfloat16").removeprefix("torch.")
+    name = keys.text(key, "float16" if keys.values.get("fp16") is True else "bfloat16").removeprefix("torch.")
     if name not in DTYPES:
         keys.fail(key, f"{printable(name)} is not supported; supported: {', '.join(DTYPES)}")
     return name

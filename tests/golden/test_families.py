@@ -174,7 +174,9 @@ class TurboMind:
     ids=["as the file says", "without logn", "as [engine] says"],
 )
 @pytest.mark.parametrize("device", ["reference", "cpu"])
-def test_beyond_the_trained_length(own: dict[str, Any], engine: dict[str, Any], factor: float, logn: bool, device: str, tmp_path: Path) -> None:
+def test_beyond_the_trained_length(
+    own: dict[str, Any], engine: dict[str, Any], factor: float, logn: bool, device: str, tmp_path: Path
+) -> None:
     from safetensors.numpy import load_file
 
     path = toy_checkpoint(tmp_path / "model", "qwen", layers=2, hidden=32, heads=2, max_position_embeddings=6, **own)

@@ -13,10 +13,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": {"config"},
     "text": {"config", "formats"},
     "engine": {"config", "formats"},
+    "quant": {"config", "formats", "text", "engine"},
     "api": {"config", "formats", "text", "engine"},
     "bench": {"config", "formats", "text", "engine", "api"},
     "server": {"config", "formats", "text", "engine", "api"},
-    "cli": {"config", "formats", "text", "engine", "api", "bench", "server"},
+    "cli": {"config", "formats", "text", "engine", "quant", "api", "bench", "server"},
 }
 PURE_WING = ("sequence", "step", "errors", "scheduler", "cache")  # of engine/
 NOT_PURE = ("engine.cache.store",)  # the tensors

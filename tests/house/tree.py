@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-ROOMS = ("config", "formats", "text", "engine", "api", "bench", "cli")  # every folder of the program
+ROOMS = ("config", "formats", "text", "engine", "quant", "api", "bench", "cli")  # every folder of the program
 SERVER = "server.py"
 
 

@@ -8,6 +8,7 @@ touches theirs. Knows no JSON and no status codes: a refusal is a `ValueError`, 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import queue
 import sys
@@ -33,6 +34,8 @@ from engine.errors import EngineError
 
 T = TypeVar("T")
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, ids, or the messages of a conversation
+
+log = logging.getLogger("numbatch.local")
 
 NOBODY = Caller()
 STOP_S = 15.0  # for the engine to end its threads or processes
@@ -153,6 +156,8 @@ class LocalModel:
         self._closed = True
         try:
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(2 * STOP_S)
+        except TimeoutError:
+            log.warning("the model did not stop within %g s; its threads are left to the end of the process", 2 * STOP_S)
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(STOP_S)

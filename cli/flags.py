@@ -105,6 +105,15 @@ def destination(flag: Flag) -> str:
     return "flag_" + flag.name.removeprefix("--").replace("-", "_")
 
 
+def table() -> str:
+    """The flags as a Markdown table, for docs/cli.md."""
+    rows = ["| flag | key | meaning |", "|---|---|---|"]
+    for flag in FLAGS:
+        value = {"switch": "", "values": f" {flag.metavar} ..."}.get(flag.kind, f" {flag.metavar or '...'}").replace("|", "\\|")
+        rows.append(f"| `{flag.name}{value}` | {f'`{flag.key}`' if flag.key else ''} | {flag.help} |")
+    return "\n".join(rows)
+
+
 def known(flag: Flag) -> bool:
     """Whether this version has the flag's knob."""
     section, _, name = flag.key.partition(".")
@@ -189,6 +198,8 @@ def _load(args: argparse.Namespace, given: dict[str, tuple[str, str]], defaults:
 
 def _by_flag(message: str, given: dict[str, tuple[str, str]]) -> str:
     """The refusal under the name that the user wrote."""
+    if message.startswith("default:model.path: is empty"):
+        return "name a model: a Hugging Face folder, a GGUF file or a hub name (or --config FILE)."
     for key, (written, _) in given.items():
         if message.startswith(f"--set:{key}: "):
             return f"{written.split(' ')[0]} ({key}): {message.removeprefix(f'--set:{key}: ')}"
@@ -211,7 +222,10 @@ def _text(flag: Flag, value: Any, model_path: str) -> str:
     if flag.name == "--log-level":
         return LOG_LEVELS.get(value, value)
     if flag.name == "--model-format":
-        return checkpoint_format(value, model_path)
+        try:
+            return checkpoint_format(value, model_path)
+        except ConfigError as error:
+            raise UsageError(f"--{str(error).replace('model_format', 'model-format')}") from None
     if flag.name == "--quant-policy":
         return _quant_policy(value)
     return str(value)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cli.flags import FLAGS, REFUSED, known
-from cli.main import main
+from cli.flags import FLAGS, REFUSED, known, table
+from cli.main import COMMANDS, main, there
 from config.load import KNOBS
 
 # flag -> (words, key, value); what is not here has a test of its own below
@@ -205,3 +205,9 @@ def test_keys_exist() -> None:
     """A flag's key is a knob; only what another part of this version brings may still be missing."""
     missing = {flag.name for flag in FLAGS if flag.key and flag.key.split(".")[1] not in KNOBS.get(flag.key.split(".")[0], {})}
     assert missing <= {"--qos-config-path"}
+
+
+def test_the_page_has_the_flags(root: Path) -> None:
+    page = (root / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert f"equal to cli/flags.py -->\n{table()}\n<!-- end -->" in page
+    assert all(f"`numbatch {name}" in page or name == "serve" for name in there(COMMANDS))

@@ -49,12 +49,13 @@ MOST_SECTIONS = 32  # of a row: with 8 KV heads, 256 thread blocks can share one
 FEW_SETS = 4  # head sets: with these or fewer, twice as many sections
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ROW, STRIP, END, BASE, LOW, STOP = range(6)  # what a warp copies next: row, strip, strip to stop before; of that row the rest
+MOST_PIECES = 4  # of 4 numerators that a thread folds
 BATCH = 8  # sections whose partials are in flight at a time
 
 
-def heads_of_set(group: int, head_dim: int) -> int:
-    """Query heads that one thread block takes, of `group` that share a KV head; their accumulators must fit in registers."""
-    most = 16 if head_dim <= 128 else 8
+def heads_of_set(group: int, head_dim: int, warps: int) -> int:
+    """Query heads that one thread block takes, of `group` that share a KV head: as many as its registers hold sums of."""
+    most = min(16 if head_dim <= 128 else 8, MOST_PIECES * 4 * 32 * warps // head_dim)
     sets = -(-group // most)
     return -(-group // sets)
 
@@ -67,7 +68,7 @@ def paged_decode(
     kv_heads: int, group: int, head_dim: int, block_seq_len: int, dtype: str, sections: int, warps: int, stages: int, blocks: int
 ) -> Kernel:
     """(q, elements between rows, pool of a layer, tables, entries of a slot, shares, rows, partials, counters, out)."""
-    set_heads = heads_of_set(group, head_dim)
+    set_heads = heads_of_set(group, head_dim, warps)
     sets_of_kv = -(-group // set_heads)
     sets = kv_heads * sets_of_kv
     columns = -(-set_heads // 8)  # tiles of 8 heads
@@ -430,7 +431,7 @@ class PagedDecode:
         self._library, self._dtype = library, DTYPES[dtype]
         self._position = (2, kv_heads, block_seq_len, head_dim)
         self._width, self._max_rows = heads * head_dim, max_rows
-        set_heads = heads_of_set(group, head_dim)
+        set_heads = heads_of_set(group, head_dim, shape.warps)
         self._sets = kv_heads * -(-group // set_heads)
         self._shares = max(1, shape.blocks * multiprocessors // self._sets)
         sections = MOST_SECTIONS if self._sets > FEW_SETS else 2 * MOST_SECTIONS
@@ -475,9 +476,9 @@ class PagedDecode:
         """
         if pool.shape[1:] != self._position or pool.dtype != self._dtype or not pool.is_contiguous():
             raise ValueError(f"the pool is {pool.dtype} {tuple(pool.shape)}, not consecutive {self._dtype} [blocks, *{self._position}]")
-        if q.dtype != self._dtype or out.dtype != self._dtype or q.stride(1) != 1 or out.stride() != (self._width, 1):
+        if q.dtype != self._dtype or out.dtype != self._dtype or q.stride(1) != 1 or not out.is_contiguous():
             raise ValueError(f"q is {q.dtype} {q.stride()}, out is {out.dtype} {out.stride()}; consecutive {self._dtype} rows are needed")
-        if q.shape[1] < self._width or q.stride(0) % 2 or tables.stride(1) != 1:
+        if q.shape[1] < self._width or out.shape[1] != self._width or q.stride(0) % 2 or tables.stride(1) != 1:
             raise ValueError(f"q is {tuple(q.shape)} {q.stride()}; rows of at least {self._width} elements on 4-byte boundaries are needed")
         shares, rows, counters, partials = self._scratch
         self._library[self._decode](

@@ -101,21 +101,21 @@ class W4Shared:
         x_at = pairs_at + warps * launch.tiles * (chunks * CHUNK // group) * 64
         x_pitch = launch.warps_k * chunks * CHUNK * 2 + 64
         stage = x_at + launch.rows * x_pitch
-        sums = launch.warps_k * sum_spans(launch.rows, group) * columns * 4
+        sums = launch.warps_k * sum_spans(group) * columns * 4
         results_at = launch.stages * stage + 2 * sums
         results = launch.warps_k * launch.rows * (launch.block_n + 4) * 4 if launch.warps_k > 1 else 0
         flag_at = results_at + results
         return cls(pairs_at, x_at, x_pitch, stage, launch.stages * stage, sums, results_at, flag_at, flag_at + 16)
 
 
-def steps_of_span(rows: int, group: int) -> int:
-    """mma steps (of 16 input channels) whose result is scaled at once: a group, but half of 128 where registers are short."""
-    return min(group // 16, 8 if rows <= 16 else 4)
+def steps_of_span(group: int) -> int:
+    """mma steps (of 16 input channels) whose sum is scaled at once: those of a group."""
+    return group // 16
 
 
-def sum_spans(rows: int, group: int) -> int:
+def sum_spans(group: int) -> int:
     """Spans of a warp's unit of work."""
-    return (8 if group == 128 else 4) // steps_of_span(rows, group)
+    return 2 if group == 32 else 1
 
 
 @dataclass(frozen=True, slots=True)

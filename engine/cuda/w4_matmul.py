@@ -64,11 +64,16 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
     chunks_of_unit = 2 if group == 128 else 1
     unit = 64 * chunks_of_unit
     groups_of_unit = unit // group
-    step_k = warps_k * unit
+    step_k, step_chunks = warps_k * unit, warps_k * chunks_of_unit
     pieces = step_k // 8  # 16-byte pieces of a row of x in a stage
-    span, spans = steps_of_span(rows, group), sum_spans(rows, group)
-    length = min(span, 4)  # mma steps of a span within a chunk
-    spans_of_chunk = 4 // length
+    span, spans = steps_of_span(group), sum_spans(group)
+    # chunks whose A fragments are in registers at a time: all of a span where sums of a span are too many to be kept meanwhile
+    depth = chunks_of_unit if rows > 8 else 1
+    length = min(span, 4 * depth)  # mma steps of a span at a time
+    spans_at_once = 4 * depth // length
+    whole_span = length == span
+    rows_of_pass = threads // pieces
+    passes = -(-rows // rows_of_pass)
     weights_of_warp, pairs_of_warp = tiles * chunks_of_unit * 512, tiles * groups_of_unit * 64
     pairs_at, x_at, x_pitch, stage = shared_map.pairs_at, shared_map.x_at, shared_map.x_pitch, shared_map.stage
     ring, sums = stages * stage, shared_map.sums
@@ -77,7 +82,7 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
     sum_items = warps_k * columns
     sum_rounds = -(-sum_items // warps)
     fragments = tiles * columns
-    results, scales, weight_registers = fragments * 4, tiles * groups_of_unit * 4, tiles * 16
+    results, scales, weight_registers, x_registers = fragments * 4, tiles * groups_of_unit * 4, tiles * depth * 16, depth * 8
     ragged, few, whole_columns = group == 32, rows <= 8, rows >= 8
     bf16, zero_form, wide_out, direct = dtype == "bfloat16", form == "zero", out_dtype == "float32", warps_k == 1
     if copy_lanes > 32 or stages < 3 or stages > 10:
@@ -90,12 +95,13 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
     mma, half, low, high = ptx.MMA[dtype], ptx.HALF["float16" if wide_out else out_dtype], ptx.low_f16, ptx.high_f16
     wait = ptx.COPY_WAIT[stages - 3]
 
-    def unpack_tile(j, a, at):  # type: ignore[no-untyped-def]
-        """A chunk of tile j to the 16 registers of its four A fragments."""
-        v = ptx.load_shared_128(u32(at + u32(i32(j * (chunks_of_unit * 512)))))
+    def unpack_chunk(index, a, at):  # type: ignore[no-untyped-def]
+        """A chunk of a tile to the 16 registers of its four A fragments."""
+        j, c = i32(index // depth), i32(index % depth)
+        v = ptx.load_shared_128(u32(at + u32(i32((j * chunks_of_unit + c) * 512))))
         for i in range(4):
             w = v[i]
-            f = i32(j * 16 + i * 4)
+            f = i32(index * 16 + i * 4)
             if bf16:
                 a[f] = ptx.and_or(w, u32(0x00780078), u32(0x41804180))
                 a[f + 1] = ptx.and_or(u32(w >> u32(4)), u32(0x00780078), u32(0x41804180))
@@ -108,26 +114,25 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
                 a[f + 3] = u32(u32(w >> u32(8)) & u32(0x00F000F0))
 
     def multiply_fragment(index, acc, part, a, b, scale, x_from, sums_from, begins, ends):  # type: ignore[no-untyped-def]
-        """Four steps of one tile and eight rows of x; a span that `ends` is scaled into acc."""
+        """The steps of `depth` chunks of one tile and eight rows of x; a span that `ends` is scaled into acc."""
         column, j = i32(index // tiles), i32(index % tiles)
         o = i32((j * columns + column) * 4)
-        p = o if span == 8 else i32(0)
+        p = i32(0) if whole_span else o
         if j == 0:
-            v = ptx.load_shared_128(u32(x_from + u32(i32(column * (8 * x_pitch)))))
-            b[0], b[1], b[2], b[3] = v[0], v[1], v[2], v[3]
-            v = ptx.load_shared_128(u32(x_from + u32(i32(column * (8 * x_pitch) + 64))))
-            b[4], b[5], b[6], b[7] = v[0], v[1], v[2], v[3]
-        for s in range(spans_of_chunk):
+            for i in range(2 * depth):
+                v = ptx.load_shared_128(u32(x_from + u32(i32(column * (8 * x_pitch) + i * 64))))
+                b[i * 4], b[i * 4 + 1], b[i * 4 + 2], b[i * 4 + 3] = v[0], v[1], v[2], v[3]
+        for s in range(spans_at_once):
             if begins:
                 part[p], part[p + 1], part[p + 2], part[p + 3] = zero, zero, zero, zero
             for i in range(length):
-                f, h = j * 16 + (s * length + i) * 4, (s * length + i) * 2
+                f, h = j * (16 * depth) + (s * length + i) * 4, (s * length + i) * 2
                 d = mma(a[f], a[f + 1], a[f + 2], a[f + 3], b[h], b[h + 1], part[p], part[p + 1], part[p + 2], part[p + 3])
                 part[p], part[p + 1], part[p + 2], part[p + 3] = d[0], d[1], d[2], d[3]
             if ends:
                 u = ptx.load_shared_64(u32(sums_from + u32(i32((s * columns + column) * 32))))
                 x0, x1 = ptx.float_of_bits(u[0]), ptx.float_of_bits(u[1])
-                q = (j * groups_of_unit + s * groups_of_unit // spans_of_chunk) * 4
+                q = (j * groups_of_unit + s) * 4
                 acc[o] = ptx.fma(scale[q + 1], x0, ptx.fma(scale[q], part[p], acc[o]))
                 acc[o + 1] = ptx.fma(scale[q + 1], x1, ptx.fma(scale[q], part[p + 1], acc[o + 1]))
                 acc[o + 2] = ptx.fma(scale[q + 3], x0, ptx.fma(scale[q + 2], part[p + 2], acc[o + 2]))
@@ -170,62 +175,66 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
         """A C fragment of a warp that has all of K: to out, or to partial."""
         column, j = i32(index // tiles), i32(index % tiles)
         for e in range(4):
-            m, r = i32(column * 8 + t * 2 + e % 2), i32(j * 16 + g + e // 2 * 8)
+            m, r = u32(u32(t * u32(2)) + u32(column * 8 + e % 2)), u32(g + u32(j * 16 + e // 2 * 8))
             if m < live:
                 if not whole:
-                    partial[u64(partial_at + u64(i32(m * block_n + r)))] = acc[(j * columns + column) * 4 + e]
-                elif i32(first_column + r) < n:
+                    partial[u64(partial_at + u64(u32(u32(m * u32(block_n)) + r)))] = acc[(j * columns + column) * 4 + e]
+                elif u32(first_column + r) < n:
                     value = acc[(j * columns + column) * 4 + e]
-                    place = u64(out_row + u64(m) * u64(out_stride) + u64(i32(first_column + r)))
-                    write(value, bias, out, place, i32(first_column + r))
+                    place = u64(out_row + u64(m) * u64(out_stride) + u64(u32(first_column + r)))
+                    write(value, bias, out, place, u32(first_column + r))
             acc[(j * columns + column) * 4 + e] = zero
 
     def put_fragment(index, acc, at, g, t):  # type: ignore[no-untyped-def]
         """A C fragment to shared memory, [row of x][output channel]: no two lanes of a store in one bank."""
         column, j = i32(index // tiles), i32(index % tiles)
         for e in range(4):
-            m = i32(t * 2 + column * 8 + e % 2)
-            if whole_columns or m < rows:
-                to = u32(at + u32(i32(m * pitch + j * 16 + g + e // 2 * 8)) * u32(4))
+            m = u32(u32(t * u32(2)) + u32(column * 8 + e % 2))
+            if whole_columns or m < u32(rows):
+                to = u32(at + u32(u32(u32(m * u32(pitch)) + g) + u32(j * 16 + e // 2 * 8)) * u32(4))
                 ptx.store_shared_f32(to, acc[(j * columns + column) * 4 + e])
             acc[(j * columns + column) * 4 + e] = zero
 
-    unpack, multiply = ptx.unrolled(tiles, unpack_tile), ptx.unrolled(fragments, multiply_fragment)
+    unpack, multiply = ptx.unrolled(tiles * depth, unpack_chunk), ptx.unrolled(fragments, multiply_fragment)
     write_all, put_all = ptx.unrolled(fragments, write_fragment), ptx.unrolled(fragments, put_fragment)
 
     def kernel(x, packed, pairs, bias, out, partial, counters, m_rows, n, k, x_stride, out_stride):  # type: ignore[no-untyped-def]
-        thread = i32(cuda.threadIdx.x)
-        lane, warp = i32(thread & 31), i32(thread >> 5)
-        wn, wk = i32(warp // warps_k), i32(warp % warps_k)
-        g, t = i32(lane >> 2), i32(lane & 3)
+        thread = u32(cuda.threadIdx.x)
+        lane, warp = u32(thread & u32(31)), u32(thread >> u32(5))
+        wn, wk = u32(warp // u32(warps_k)), u32(warp % u32(warps_k))
+        g, t = u32(lane >> u32(2)), u32(lane & u32(3))
         shared = ptx.to_shared(ptx.generic_address(cuda.shared.array(0, u32)))
 
         # the cut: thread block i has steps i T / G .. (i + 1) T / G - 1 of all T
-        chunks = i32((k + 63) >> 6)
-        steps = i32((chunks + (warps_k * chunks_of_unit - 1)) // (warps_k * chunks_of_unit))
-        last_tile = i32(((n + 15) >> 4) - 1)
-        blocks, block = i32(cuda.gridDim.x), i32(cuda.blockIdx.x)
-        total = i32(i32((n + (block_n - 1)) // block_n) * steps)
-        first = i32(i32(block * total) // blocks)
-        count = i32(i32(i32(i32(block + 1) * total) // blocks) - first)
-        row_blocks, row_block = i32(cuda.gridDim.y), i32(cuda.blockIdx.y)
-        first_row = i32(row_block * rows)
-        live = i32(min(i32(m_rows - first_row), i32(rows)))
-
-        x_base = u64(ptx.address(x) + u64(first_row) * u64(x_stride) * u64(2))
-        w_base = u64(ptx.address(packed) + u64(i32(lane * 16)))
-        s_base = ptx.address(pairs)
+        chunks = u32(u32(k + u32(63)) >> u32(6))
+        steps = u32(u32(chunks + u32(step_chunks - 1)) // u32(step_chunks))
+        own_steps = u32(
+            u32(chunks + u32(u32(step_chunks - 1) - u32(wk * u32(chunks_of_unit)))) // u32(step_chunks)
+        )  # with a unit of this warp
+        last_tile = u32(u32(u32(n + u32(15)) >> u32(4)) - u32(1))
+        blocks, block = u32(cuda.gridDim.x), u32(cuda.blockIdx.x)
+        total = u32(u32(u32(n + u32(block_n - 1)) // u32(block_n)) * steps)
+        first = u32(u32(block * total) // blocks)
+        count = i32(u32(u32(u32(block + u32(1)) * total) // blocks) - first)
+        row_blocks, row_block = u32(cuda.gridDim.y), u32(cuda.blockIdx.y)
+        first_row = u32(row_block * u32(rows))
+        live = u32(min(u32(m_rows - first_row), u32(rows)))
         out_row = u64(u64(first_row) * u64(out_stride))
+
+        # x of a stage is copied by `passes` passes of all threads, a 16-byte piece each: always the same channels of a step
+        x_row, x_piece = u32(thread // u32(pieces)), u32(thread % u32(pieces))
+        x_bytes = u64(u64(x_stride) * u64(2))
+        x_begin = u64(ptx.address(x) + u64(u32(first_row + x_row)) * x_bytes + u64(u32(x_piece * u32(16))))
+        x_to = u32(shared + u32(x_at) + u32(x_row * u32(x_pitch)) + u32(x_piece * u32(16)))
         x_lane = g
         if few:
-            x_lane = i32(min(g, i32(live - 1)))  # rows that are not there: the last one again
+            x_lane = u32(min(g, u32(live - u32(1))))  # rows that are not there: the last one again
         else:  # rows that are not there: zeros, once
             for s in range(stages):
-                piece = i32(live * pieces + thread)
-                while piece < rows * pieces:
-                    to = u32(shared + u32(s * stage + x_at) + u32(i32(i32(piece // pieces) * x_pitch + i32(piece % pieces) * 16)))
-                    ptx.store_shared_128(to, u32(0), u32(0), u32(0), u32(0))
-                    piece = i32(piece + threads)
+                for p in range(passes):
+                    row = u32(x_row + u32(p * rows_of_pass))
+                    if row >= live and row < u32(rows):
+                        ptx.store_shared_128(u32(x_to + u32(s * stage + p * rows_of_pass * x_pitch)), u32(0), u32(0), u32(0), u32(0))
 
         acc = cuda.local.array(results, f32)
         for i in range(results):
@@ -233,19 +242,23 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
         part = cuda.local.array(results, f32)
         scale = cuda.local.array(scales, f32)
         a = cuda.local.array(weight_registers, u32)
-        b = cuda.local.array(8, u32)
-        w_at = cuda.local.array(tiles, u32)  # byte offsets of what is copied next
+        b = cuda.local.array(x_registers, u32)
+        w_from = cuda.local.array(tiles, u64)  # what is copied next
 
         # three places in the order of steps: what is copied, whose x is summed, what is multiplied
-        nb = i32(first // steps)
-        ks = i32(first % steps)
-        nb_copy, ks_copy, ks_sum = nb, ks, ks
+        nb, ks = u32(first // steps), u32(first % steps)
+        ks_copy, ks_sum = ks, ks
+        pair_tile, pair_piece = u32(lane // u32(4 * groups_of_unit)), u32(lane % u32(4 * groups_of_unit))
+        groups = u32(u32(chunks // u32(chunks_of_unit)) * u32(groups_of_unit))
+        tile = u32(u32(nb * u32(warps_n) + wn) * u32(tiles))
+        unit_at = u32(u32(ks * u32(warps_k)) + wk)
         for j in range(tiles):
-            tile = i32(min(i32((nb * warps_n + wn) * tiles + j), last_tile))
-            w_at[j] = u32(u32(i32(tile * chunks + (ks * warps_k + wk) * chunks_of_unit)) * u32(512))
-        tile = i32(min(i32((nb * warps_n + wn) * tiles + i32(lane // (4 * groups_of_unit))), last_tile))
-        groups = i32(chunks // chunks_of_unit * groups_of_unit)
-        s_at = u32(u32(i32(tile * groups + (ks * warps_k + wk) * groups_of_unit)) * u32(64) + u32(i32((lane % (4 * groups_of_unit)) * 16)))
+            at = u32(u32(u32(min(u32(tile + u32(j)), last_tile)) * chunks) + u32(unit_at * u32(chunks_of_unit)))
+            w_from[j] = u64(ptx.address(packed) + u64(at) * u64(512) + u64(u32(lane * u32(16))))
+        at = u32(u32(u32(min(u32(tile + pair_tile), last_tile)) * groups) + u32(unit_at * u32(groups_of_unit)))
+        s_from = u64(ptx.address(pairs) + u64(at) * u64(64) + u64(u32(pair_piece * u32(16))))
+        x_from = u64(x_begin + u64(u32(ks * u32(step_k * 2))))
+        x_k = u32(u32(ks * u32(step_k)) + u32(x_piece * u32(8)))
         here = u32(stage)  # ring offset of step `it`
         it = i32(1 - stages)
         while it < count:
@@ -253,136 +266,137 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
             cuda.syncthreads()
 
             slot = u32(here - u32(stage)) if here >= u32(stage) else u32(ring - stage)
-            if i32(it + (stages - 1)) < count:
-                base = u32(shared + slot)
-                if i32((ks_copy * warps_k + wk) * chunks_of_unit) < chunks:
-                    to = u32(base + u32(i32(warp * weights_of_warp + lane * 16)))
+            if i32(it + i32(stages - 1)) < count:
+                if ks_copy < own_steps:
+                    to = u32(shared + slot + u32(warp * u32(weights_of_warp)) + u32(lane * u32(16)))
                     for j in range(tiles):
                         for c in range(chunks_of_unit):
-                            ptx.copy_async_16(u32(to + u32((j * chunks_of_unit + c) * 512)), u64(w_base + u64(w_at[j]) + u64(c * 512)))
-                    if lane < copy_lanes:
-                        ptx.copy_async_16(u32(base + u32(pairs_at) + u32(i32(warp * pairs_of_warp + lane * 16))), u64(s_base + u64(s_at)))
-                piece = thread
-                while piece < i32(live * pieces):
-                    row, column = i32(piece // pieces), i32(piece % pieces)
-                    at = i32(ks_copy * step_k + column * 8)
-                    to = u32(base + u32(x_at) + u32(i32(row * x_pitch + column * 16)))
-                    if at < i32(chunks * 64):
-                        if ragged:  # K may end within a chunk
-                            there = i32(at) if at < k else i32(0)
-                            source = u64(x_base + (u64(row) * u64(x_stride) + u64(there)) * u64(2))
-                            ptx.copy_async_16_or_zero(to, source, u32(16) if at < k else u32(0))
-                        else:
-                            ptx.copy_async_16(to, u64(x_base + (u64(row) * u64(x_stride) + u64(at)) * u64(2)))
-                    piece = i32(piece + threads)
-                ks_copy = i32(ks_copy + 1)
+                            ptx.copy_async_16(u32(to + u32((j * chunks_of_unit + c) * 512)), u64(w_from[j] + u64(c * 512)))
+                    if lane < u32(copy_lanes):
+                        to = u32(shared + slot + u32(pairs_at) + u32(warp * u32(pairs_of_warp)) + u32(lane * u32(16)))
+                        ptx.copy_async_16(to, s_from)
+                if x_k < u32(chunks << u32(6)):
+                    source = x_from
+                    for p in range(passes):
+                        if u32(x_row + u32(p * rows_of_pass)) < live:
+                            to = u32(x_to + slot + u32(p * rows_of_pass * x_pitch))
+                            if not ragged:
+                                ptx.copy_async_16(to, source)
+                            elif x_k < k:
+                                ptx.copy_async_16(to, source)
+                            else:  # K ends within the chunk
+                                ptx.store_shared_128(to, u32(0), u32(0), u32(0), u32(0))
+                        source = u64(source + x_bytes * u64(rows_of_pass))
+                ks_copy = u32(ks_copy + u32(1))
                 if ks_copy == steps:
-                    ks_copy, nb_copy = i32(0), i32(nb_copy + 1)
+                    ks_copy = u32(0)
+                    tile = u32(tile + u32(warps_n * tiles))
                     for j in range(tiles):
-                        tile = i32(min(i32((nb_copy * warps_n + wn) * tiles + j), last_tile))
-                        w_at[j] = u32(u32(i32(tile * chunks + wk * chunks_of_unit)) * u32(512))
-                    tile = i32(min(i32((nb_copy * warps_n + wn) * tiles + i32(lane // (4 * groups_of_unit))), last_tile))
-                    s_at = u32(u32(i32(tile * groups + wk * groups_of_unit)) * u32(64) + u32(i32((lane % (4 * groups_of_unit)) * 16)))
+                        at = u32(u32(u32(min(u32(tile + u32(j)), last_tile)) * chunks) + u32(wk * u32(chunks_of_unit)))
+                        w_from[j] = u64(ptx.address(packed) + u64(at) * u64(512) + u64(u32(lane * u32(16))))
+                    at = u32(u32(u32(min(u32(tile + pair_tile), last_tile)) * groups) + u32(wk * u32(groups_of_unit)))
+                    s_from = u64(ptx.address(pairs) + u64(at) * u64(64) + u64(u32(pair_piece * u32(16))))
+                    x_from, x_k = x_begin, u32(x_piece * u32(8))
                 else:
                     for j in range(tiles):
-                        w_at[j] = u32(w_at[j] + u32(warps_k * chunks_of_unit * 512))
-                    s_at = u32(s_at + u32(warps_k * groups_of_unit * 64))
+                        w_from[j] = u64(w_from[j] + u64(step_chunks * 512))
+                    s_from = u64(s_from + u64(warps_k * groups_of_unit * 64))
+                    x_from, x_k = u64(x_from + u64(step_k * 2)), u32(x_k + u32(step_k))
             ptx.copy_commit()
 
             slot = u32(here + u32(stage)) if here < u32(ring - stage) else u32(0)
-            if it >= -1:
-                if i32(it + 1) < count:
-                    to = u32(shared + u32(ring) + u32(i32(((it + 1) & 1) * sums + t * 8)))
+            if it >= i32(-1):
+                if i32(it + i32(1)) < count:
+                    to = u32(shared + u32(ring) + u32(t * u32(8)) + u32(u32(u32(it + i32(1)) & u32(1)) * u32(sums)))
                     for r in range(sum_rounds):
-                        item = i32(warp + r * warps)
-                        of, column = i32(item // columns), i32(item % columns)
-                        if item < sum_items and i32((ks_sum * warps_k + of) * chunks_of_unit) < chunks:
-                            x_from = u32(shared + slot + u32(x_at) + u32(i32((column * 8 + x_lane) * x_pitch + of * (unit * 2) + t * 16)))
-                            sum_x(x_from, u32(to + u32(i32((of * (spans * columns) + column) * 32))), g == 0)
-                ks_sum = i32(ks_sum + 1)
+                        item = u32(warp + u32(r * warps))
+                        of, column = u32(item // u32(columns)), u32(item % u32(columns))
+                        unit_at = u32(u32(ks_sum * u32(warps_k)) + of)
+                        if item < u32(sum_items) and u32(unit_at * u32(chunks_of_unit)) < chunks:
+                            from_ = u32(u32(u32(column * u32(8)) + x_lane) * u32(x_pitch))
+                            from_ = u32(shared + slot + u32(x_at) + from_ + u32(of * u32(unit * 2)) + u32(t * u32(16)))
+                            sum_x(from_, u32(to + u32(u32(u32(of * u32(spans * columns)) + column) * u32(32))), g == u32(0))
+                ks_sum = u32(ks_sum + u32(1))
                 if ks_sum == steps:
-                    ks_sum = i32(0)
+                    ks_sum = u32(0)
 
-            if it >= 0:
-                if i32((ks * warps_k + wk) * chunks_of_unit) < chunks:
-                    base = u32(shared + here)
-                    w_from = u32(base + u32(i32(warp * weights_of_warp + lane * 16)))
-                    x_from = u32(base + u32(x_at) + u32(i32(x_lane * x_pitch + wk * (unit * 2) + t * 16)))
-                    sums_from = u32(shared + u32(ring) + u32(i32((it & 1) * sums + wk * (spans * columns * 32) + t * 8)))
-                    load_scales(scale, u32(base + u32(pairs_at) + u32(i32(warp * pairs_of_warp + g * 8))))
-                    for c in range(chunks_of_unit):
-                        unpack(a, w_from)
-                        multiply(
-                            acc, part, a, b, scale, x_from, sums_from, c == 0 or span < 8, c == chunks_of_unit - 1 or span < 8
-                        )  # fmt: skip
-                        w_from = u32(w_from + u32(512))
-                        x_from = u32(x_from + u32(128))
-                        if span < 8:
-                            sums_from = u32(sums_from + u32(spans_of_chunk * columns * 32))
-                ks = i32(ks + 1)
-                if ks == steps or it == i32(count - 1):
-                    start = i32(nb * steps)
-                    begin = i32(i32(i32(start + 1) * blocks - 1) // total)  # first and last thread block of these channels
-                    end = i32(i32(i32(start + steps) * blocks - 1) // total)
-                    own = i32(i32(i32(block * 2 + (0 if first >= start else 1)) * row_blocks + row_block) * rows)
+            if it >= i32(0):
+                if ks < own_steps:
+                    weights_from = u32(shared + here + u32(warp * u32(weights_of_warp)) + u32(lane * u32(16)))
+                    pairs_from = u32(shared + here + u32(pairs_at) + u32(warp * u32(pairs_of_warp)) + u32(g * u32(8)))
+                    from_ = u32(shared + here + u32(x_at) + u32(x_lane * u32(x_pitch)) + u32(wk * u32(unit * 2)) + u32(t * u32(16)))
+                    sums_from = u32(shared + u32(ring) + u32(wk * u32(spans * columns * 32)) + u32(t * u32(8)))
+                    sums_from = u32(sums_from + u32(u32(u32(it) & u32(1)) * u32(sums)))
+                    load_scales(scale, pairs_from)
+                    for c in range(chunks_of_unit // depth):
+                        begins, ends = c == 0 or whole_span, c == chunks_of_unit // depth - 1 or whole_span
+                        unpack(a, u32(weights_from + u32(c * 512)))
+                        multiply(acc, part, a, b, scale, u32(from_ + u32(c * 128)), sums_from, begins, ends)
+                ks = u32(ks + u32(1))
+                if ks == steps or it == i32(count - i32(1)):
+                    start = u32(nb * steps)
+                    begin = u32(u32(u32(start + u32(1)) * blocks - u32(1)) // total)  # first and last thread block of these channels
+                    end = u32(u32(u32(start + steps) * blocks - u32(1)) // total)
+                    own = u32(block * u32(2)) if first >= start else u32(u32(block * u32(2)) + u32(1))
+                    own = u32(u32(u32(own * row_blocks) + row_block) * u32(rows))
                     if direct:
-                        column = i32(nb * block_n + wn * (tiles * 16))
-                        place = u64(u64(own) * u64(block_n) + u64(i32(wn * (tiles * 16))))
+                        column = u32(u32(nb * u32(block_n)) + u32(wn * u32(tiles * 16)))
+                        place = u64(u64(own) * u64(block_n) + u64(u32(wn * u32(tiles * 16))))
                         write_all(acc, bias, out, partial, place, begin == end, out_row, live, column, n, out_stride, g, t)
                     else:
-                        results_from = u32(shared + u32(results_at))
-                        put_all(acc, u32(results_from + u32(i32(wk * (rows * pitch) + wn * (tiles * 16))) * u32(4)), g, t)
+                        from_ = u32(shared + u32(results_at))
+                        put_all(acc, u32(from_ + u32(u32(wk * u32(rows * pitch)) + u32(wn * u32(tiles * 16))) * u32(4)), g, t)
                         cuda.syncthreads()
                         m = warp
                         while m < live:
                             r = lane
-                            while r < block_n:
-                                value = zero
+                            while r < u32(block_n):
+                                value, at = zero, u32(from_ + u32(u32(m * u32(pitch)) + r) * u32(4))
                                 for w in range(warps_k):
-                                    value = f32(
-                                        value + ptx.load_shared_f32(u32(results_from + u32(i32((w * rows + m) * pitch + r)) * u32(4)))
-                                    )
-                                column = i32(nb * block_n + r)
+                                    value = f32(value + ptx.load_shared_f32(u32(at + u32(w * rows * pitch * 4))))
+                                column = u32(u32(nb * u32(block_n)) + r)
                                 if begin != end:
-                                    partial[u64(u64(i32(own + m)) * u64(block_n) + u64(r))] = value
+                                    partial[u64(u64(u32(own + m)) * u64(block_n) + u64(r))] = value
                                 elif column < n:
                                     write(value, bias, out, u64(out_row + u64(m) * u64(out_stride) + u64(column)), column)
-                                r = i32(r + 32)
-                            m = i32(m + warps)
+                                r = u32(r + u32(32))
+                            m = u32(m + u32(warps))
                     if begin != end:
                         ptx.fence_device()
                         cuda.syncthreads()
-                        counter = u64(ptx.address(counters) + u64(i32(nb * row_blocks + row_block)) * u64(4))
-                        if thread == 0:
+                        counter = u64(ptx.address(counters) + u64(u32(u32(nb * row_blocks) + row_block)) * u64(4))
+                        if thread == u32(0):
                             ptx.store_shared_32(u32(shared + u32(flag_at)), ptx.add_counter(counter, u32(1)))
                         cuda.syncthreads()
-                        if i32(ptx.load_shared_32(u32(shared + u32(flag_at)))) == i32(end - begin):
+                        if ptx.load_shared_32(u32(shared + u32(flag_at))) == u32(end - begin):
                             ptx.fence_device()
-                            if thread == 0:
+                            if thread == u32(0):
                                 ptx.store_32(counter, u32(0))
                             m = warp
                             while m < live:
                                 r = lane
-                                while r < block_n:
-                                    column = i32(nb * block_n + r)
+                                while r < u32(block_n):
+                                    column = u32(u32(nb * u32(block_n)) + r)
                                     if column < n:
-                                        value = zero
-                                        who = begin
+                                        value, who = zero, begin
                                         while who <= end:
-                                            from_ = i32(who * 2 + (0 if i32(i32(who * total) // blocks) >= start else 1))
-                                            from_ = i32(i32(from_ * row_blocks + row_block) * rows + m)
-                                            at64 = u64(u64(from_) * u64(block_n) + u64(r))
-                                            value = f32(value + ptx.float_of_bits(ptx.load_32(u64(ptx.address(partial) + at64 * u64(4)))))
-                                            who = i32(who + 1)
+                                            own = u32(who * u32(2))
+                                            if u32(u32(who * total) // blocks) < start:
+                                                own = u32(own + u32(1))
+                                            own = u32(u32(u32(u32(own * row_blocks) + row_block) * u32(rows)) + m)
+                                            place = u64(u64(own) * u64(block_n) + u64(r))
+                                            word = ptx.load_32(u64(ptx.address(partial) + place * u64(4)))
+                                            value = f32(value + ptx.float_of_bits(word))
+                                            who = u32(who + u32(1))
                                         write(value, bias, out, u64(out_row + u64(m) * u64(out_stride) + u64(column)), column)
-                                    r = i32(r + 32)
-                                m = i32(m + warps)
+                                    r = u32(r + u32(32))
+                                m = u32(m + u32(warps))
                 if ks == steps:
-                    ks, nb = i32(0), i32(nb + 1)
+                    ks, nb = u32(0), u32(nb + u32(1))
             here = u32(here + u32(stage)) if here < u32(ring - stage) else u32(0)
-            it = i32(it + 1)
+            it = i32(it + i32(1))
 
-    arguments = (HALVES, WORDS, WORDS, FLOATS, FLOATS if wide_out else HALVES, FLOATS, WORDS, i32, i32, i32, i32, i32)
+    arguments = (HALVES, WORDS, WORDS, FLOATS, FLOATS if wide_out else HALVES, FLOATS, WORDS, u32, u32, u32, u32, u32)
     return Kernel(kernel, arguments, threads, shared_map.total)
 
 
@@ -454,9 +468,8 @@ class W4Matmul:
             self._ready[m] = self._prepare(m)
         launcher, grid = self._ready[m]
         self._check(x, weight, out, scratch, bias)
-        launcher(
-            grid, x, weight.packed, weight.pairs, bias, out, scratch.partial, scratch.counters, m, self.n, self.k, x.stride(0), out.stride(0)
-        )  # fmt: skip
+        sizes = (m, self.n, self.k, x.stride(0), out.stride(0))
+        launcher(grid, x, weight.packed, weight.pairs, bias, out, scratch.partial, scratch.counters, *sizes)
 
     def _prepare(self, m: int) -> tuple[Any, tuple[int, int, int]]:
         if not 1 <= m <= self.max_m:

@@ -11,7 +11,6 @@ versions tried: none measured yet.
 
 from __future__ import annotations
 
-
 import torch
 
 from engine.cuda.launch import Kernel, Library, Variant

@@ -196,7 +196,7 @@ def test_litellm(server: Running) -> None:
     stream = litellm.completion("openai/mock", api_base=server.url + "/v1", stream=True, **common, **seeded)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
     text = litellm.text_completion(
-        "text-completion-openai/mock", prompt="Once", max_tokens=6, api_key=KEY, api_base=server.url + "/v1", **seeded
+        "Once", model="text-completion-openai/mock", max_tokens=6, api_key=KEY, api_base=server.url + "/v1", **seeded
     )
     assert text.choices[0].text == answer_to([*b"Once"], max_tokens=6, seed=2, ignore_eos=True)
     greedy = answer_to(chat_ids(("user", "hi")), max_tokens=10, temperature=0.0)

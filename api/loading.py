@@ -6,6 +6,7 @@ itself is started on the event loop. Errors are the rooms' own: ModelError, Form
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import re
@@ -17,6 +18,9 @@ from config.schema import Config
 from engine.build import build_engine, resolve_spec
 from engine.errors import ConfigError, ModelError
 from engine.loop import Engine
+from engine.workspace_config import with_workspace
+from formats.errors import FormatError
+from formats.workspace import is_workspace, read_workspace
 from text.chat import ChatTemplate, load_chat_template
 from text.errors import NoChatTemplate
 from text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -44,14 +48,19 @@ def model_name(config: Config) -> str:
         return config.model.model_name
     if not config.model.path:
         return "mock"
-    return Path(config.model.path).name or "model"
+    path = Path(config.model.path)
+    if is_workspace(path):
+        with contextlib.suppress(FormatError):  # said when the model is loaded
+            return read_workspace(path).text("model_name")
+    return path.name or "model"
 
 
 def with_local_files(config: Config) -> Config:
-    """The configuration with a hub name replaced by the folder it was fetched to; local paths stay as they are."""
+    """The configuration with a hub name replaced by the folder it was fetched to; of a workspace, with what its config.ini
+    says. Other local paths stay as they are."""
     path = config.model.path
     if not path or Path(path).exists() or not HUB_NAME.fullmatch(path):
-        return config
+        return with_workspace(config)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

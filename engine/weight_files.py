@@ -21,7 +21,7 @@ import numpy as np
 
 from engine.awq import PACK
 from engine.errors import ModelError
-from engine.models.families import BY_KV_HEAD, FAMILIES, GGUF_NAMES, HF_NAMES, Family
+from engine.models.families import BY_KV_HEAD, FAMILIES, GGUF_NAMES, Family
 from engine.models.spec import AwqSpec, ModelSpec
 from formats.errors import FormatError, printable
 from formats.gguf import GGUFFile, read_gguf

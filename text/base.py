@@ -35,6 +35,7 @@ class VocabularyInfo:
     where the encoder puts the extra space of sentencepiece.
     strip_first_space: decoding drops that space again.
     eos_id: the one of `eos_ids` that templates know as `eos_token`.
+    template_name: a built-in chat template (`lmdeploy_template.py`) that the files name; "" for none.
     """
 
     token_bytes: list[bytes]
@@ -47,13 +48,15 @@ class VocabularyInfo:
     text_prefix: str = "never"
     strip_first_space: bool = False
     chat_templates: dict[str, str] = field(default_factory=dict)
+    template_name: str = ""
 
 
 class Tokenizer(ABC):
     """str <-> ids. Instances are immutable after loading and may be used from several threads.
 
     vocab_size: ids are 0 .. vocab_size - 1. special_ids: the control tokens. chat_templates: Jinja sources that came
-    with the vocabulary, by name ("default", "tool_use", ...).
+    with the vocabulary, by name ("default", "tool_use", ...); template_name: the built-in one to take
+    where there is none.
     """
 
     def __init__(self, info: VocabularyInfo) -> None:
@@ -66,6 +69,7 @@ class Tokenizer(ABC):
         self.add_bos = info.add_bos and info.bos_id is not None
         self.strip_first_space = info.strip_first_space
         self.chat_templates = info.chat_templates
+        self.template_name = info.template_name
         self.specials = {s.content: s for s in info.specials if s.content and s.id != info.unk_id}
         self.special_pattern = _alternatives(self.specials)
         self._token_bytes = info.token_bytes

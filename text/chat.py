@@ -18,6 +18,7 @@ from text.hub_files import read_template_text
 from text.lmdeploy_template import LMDeployTemplate, load_lmdeploy_template
 from text.marks import Marks, Spellings
 from text.template_host import TemplateHost
+from text.template_names import template_named
 
 log = logging.getLogger("numbatch.text")
 
@@ -238,7 +239,8 @@ def load_chat_template(
 
 def _load(source: Path | str | None, tokenizer: Tokenizer) -> dict[str, str] | LMDeployTemplate:
     if not source:
-        return _own_templates(tokenizer)
+        built_in = template_named(tokenizer.template_name) if not tokenizer.chat_templates else None
+        return built_in or _own_templates(tokenizer)
     if isinstance(source, str) and ("{{" in source or "{%" in source):
         return {DEFAULT: source}
     path = Path(source)

@@ -12,6 +12,7 @@ from typing import Any
 
 from formats.errors import FormatError, printable
 from formats.json_file import read_json
+from text.family_templates import FamilyText, family_text
 
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_TOKEN_ID = 1 << 24
@@ -39,6 +40,7 @@ class HubSettings:
     declared_eos_ids: frozenset[int] = frozenset()
     added_tokens: dict[int, DeclaredToken] = field(default_factory=dict)
     chat_templates: dict[str, str] = field(default_factory=dict)
+    family: FamilyText | None = None
 
     def eos_ids(self, vocab: dict[str, int], vocab_size: int) -> frozenset[int]:
         """Ids that end an answer: generation_config.json's (or config.json's) and the tokenizer's own `eos_token`."""
@@ -58,7 +60,12 @@ def read_hub_settings(directory: Path) -> HubSettings:
         if not settings.declared_eos_ids:
             settings.declared_eos_ids = _read_eos_ids(directory / name)
     settings.chat_templates |= _read_template_files(directory)
+    settings.family = family_text(*(_read_if_there(directory / name) for name in ("config.json", "generation_config.json")))
     return settings
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def read_template_text(path: Path) -> str:

@@ -52,6 +52,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "stop_words": ["<|eot_id|>", "<|end_of_text|>"],
     },
     "mistral": {"user": "[INST] ", "eoh": " [/INST]", "eoa": "</s>"},
+    "baichuan2": {"user": "<reserved_106>", "assistant": "<reserved_107>"},
     "vicuna": {"user": "USER: ", "eoh": " ", "assistant": "ASSISTANT: ", "eoa": "</s>", "eosys": " "},
 }
 IGNORED_KEYS = {"model_name", "model_path"}  # they choose the template and say nothing about its text

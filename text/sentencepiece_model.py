@@ -23,6 +23,7 @@ from text.hub_files import DeclaredToken, HubSettings
 
 MAX_MODEL_BYTES = 64 << 20
 SPACE = "\u2581"
+PLACEHOLDER = re.compile(r"\[UNUSED_TOKEN_\d{1,4}\]")
 # appended to a serialized model, this overrides normalizer_spec (3) . add_dummy_prefix (3) with false
 NO_PREFIX = b"\x1a\x02\x18\x00"
 
@@ -77,6 +78,9 @@ def load_sentencepiece(path: Path, hub: HubSettings) -> Tokenizer:
         prefixed = sp.encode_as_pieces("a")[:1] not in (["a"], [])
         bos, eos, unk = (i if 0 <= i < size else None for i in (sp.bos_id(), sp.eos_id(), sp.unk_id()))
     added = _apply_added(path.name, hub.added_tokens, pieces, token_bytes, specials)
+    for content in hub.family.controls if hub.family else ():
+        if content in pieces and content not in {s.content for s in specials}:
+            specials.append(Special(pieces.index(content), content))
     vocab = {s.content: s.id for s in specials}
     if hub.bos_token is not None:
         bos = vocab.get(hub.bos_token, bos)
@@ -115,6 +119,9 @@ def _apply_added(
     known = {s.id for s in specials}
     for token_id, token in sorted(declared.items()):
         if token_id < len(pieces):
+            if PLACEHOLDER.fullmatch(pieces[token_id]):  # InternLM2 has left places for them
+                pieces[token_id] = token.content
+                token_bytes[token_id] = token.content.encode("utf-8", "replace")
             if pieces[token_id] != token.content:
                 raise FormatError(file, printable(token.content), f"declared as id {token_id}, which the model has as another piece")
         elif token_id > len(token_bytes) + 1024:

@@ -32,6 +32,8 @@ ALIASES = {
     "llama-2": "llama2",
     "llama-2-chat": "llama2",
     "mixtral": "mistral",
+    "baichuan2-7b": "base",
+    "baichuan2-7b-chat": "baichuan2",
 }
 
 

@@ -1,5 +1,6 @@
 """Which tokenizer a path means. `load_tokenizer` is the door of this room; the formats live in their own files.
 
+    LMDeploy workspace  its triton_models/tokenizer, with the built-in template that config.ini's model_name means
     directory         tokenizer.json, else tokenizer.model, else *.tiktoken, else *.model, else the one *.gguf in it
     *.bin, *.safetensors   the directory that such a weight file lies in
     *.json            Hugging Face tokenizers            byte_level.py
@@ -16,9 +17,11 @@ from pathlib import Path
 
 from formats.errors import FormatError, printable
 from formats.gguf import read_gguf
+from formats.workspace import Workspace, is_workspace, read_workspace
 from text.base import Special, Tokenizer, VocabularyInfo
 from text.gguf_vocabulary import read_vocabulary
-from text.hub_files import read_hub_settings
+from text.hub_files import HubSettings, read_hub_settings
+from text.template_names import built_in_template
 
 __all__ = ["ByteTokenizer", "Tokenizer", "load_tokenizer"]
 
@@ -28,11 +31,29 @@ PREFERRED = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "*.model", "*.gg
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Raises FormatError naming file and reason; takes 0.1 to 1.5 s for vocabularies of 32,000 to 150,000."""
-    file = _tokenizer_file(Path(path))
+    path = Path(path)
+    if is_workspace(path):
+        return _load_workspace(read_workspace(path))
+    file = _tokenizer_file(path)
     suffix = file.suffix.lower()
     if suffix == ".gguf":
         return _load_gguf(file)
     hub = read_hub_settings(file.parent)
+    tokenizer = _load_file(file, suffix, hub)
+    if not tokenizer.chat_templates and hub.family and all(content in tokenizer.specials for content in hub.family.controls):
+        tokenizer.template_name = hub.family.template
+    return tokenizer
+
+
+def _load_workspace(workspace: Workspace) -> Tokenizer:
+    """LMDeploy's model_name chose the template whatever the checkpoint brought; a name of none leaves the checkpoint's own."""
+    tokenizer = load_tokenizer(workspace.tokenizer)
+    if name := built_in_template(workspace.text("model_name")):
+        tokenizer.template_name, tokenizer.chat_templates = name, {}
+    return tokenizer
+
+
+def _load_file(file: Path, suffix: str, hub: HubSettings) -> Tokenizer:
     if suffix == ".json":
         from text.byte_level import load_tokenizer_json
 

@@ -13,10 +13,11 @@ import torch
 
 from engine import w4, w8, weights
 from engine.errors import ModelError
+from engine.models.families import HF_NAMES
 from engine.models.spec import FAMILIES, ModelSpec, load_spec
 from engine.w4 import W4
 from engine.w8 import W8
-from engine.weight_files import HF_NAMES, expected_shapes, file_name, take_stock
+from engine.weight_files import expected_shapes, file_name, take_stock
 from engine.weights import Checkpoint, open_checkpoint
 from formats.gguf import TYPES
 from tests.fixtures.stories import stories260k_to_hf

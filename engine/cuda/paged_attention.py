@@ -45,7 +45,6 @@ i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
 INTS, WORDS, FLOATS, HALVES = pointer(i32), pointer(u32), pointer(f32), pointer(types.uint16)
 NOTHING = -1.0e30  # a maximum of no scores: finite, so that no difference of two is NaN
 LOG2_E = math.log2(math.e)
-MOST_SECTIONS = 32  # of a row: with 8 KV heads, 256 thread blocks can share one sequence
 FEW_SETS = 4  # head sets: with these or fewer, twice as many sections
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ROW, STRIP, END, BASE, LOW, STOP = range(6)  # what a warp copies next: row, strip, strip to stop before; of that row the rest
@@ -266,7 +265,7 @@ def paged_decode(
         return ready
 
     def kernel(q, q_stride, kv, tables, table_stride, shares, rows, partials, counters, out):  # type: ignore[no-untyped-def]
-        shared = ptx.to_shared(ptx.generic_address(cuda.shared.array(0, u32)))
+        shared = ptx.to_shared(ptx.generic_address(cuda.shared.array(0, u32, alignment=16)))
         query, weights = cuda.local.array(query_words, u32), cuda.local.array(column_words, u32)
         sums, scores = cuda.local.array(fragments, f32), cuda.local.array(score_words, f32)
         top, under, keep = cuda.local.array(column_words, f32), cuda.local.array(column_words, f32), cuda.local.array(column_words, f32)
@@ -434,7 +433,7 @@ class PagedDecode:
         set_heads = heads_of_set(group, head_dim, shape.warps)
         self._sets = kv_heads * -(-group // set_heads)
         self._shares = max(1, shape.blocks * multiprocessors // self._sets)
-        sections = MOST_SECTIONS if self._sets > FEW_SETS else 2 * MOST_SECTIONS
+        sections = shape.sections if self._sets > FEW_SETS else 2 * shape.sections
         self._partials = self._shares * self._sets * sections * record_floats(set_heads, head_dim)
         constants = (kv_heads, group, head_dim, block_seq_len, dtype, sections, shape.warps, shape.stages, shape.blocks)
         self._decode = Variant(__name__, "paged_decode", constants)

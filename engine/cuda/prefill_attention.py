@@ -69,7 +69,7 @@ def prefill(
     pair_steps = (1, 2)
 
     def kernel(q, q_stride, kv, tables, table_stride, work, out, out_stride):  # type: ignore[no-untyped-def]
-        shared = ptx.to_shared(ptx.generic_address(cuda.shared.array(0, u32)))
+        shared = ptx.to_shared(ptx.generic_address(cuda.shared.array(0, u32, alignment=16)))
         sums = cuda.local.array(sum_count, f32)
         scores = cuda.local.array(score_count, f32)
         top = cuda.local.array(row_count, f32)

@@ -3,7 +3,8 @@
 `bench/tune.py` prints rows; a person commits them with the date and the machine. Knows no kernel's code.
 
 decode   warps: of a thread block, each with its own tile of 16 positions; stages: tiles of a warp in flight and in use;
-         blocks: thread blocks on a multiprocessor at a time
+         blocks: thread blocks on a multiprocessor at a time; sections: the most a row is cut into, which decides how its
+         sums round (with 8 KV heads, 32 let 256 thread blocks share one sequence)
 prompt   warps; tiles: of 16 query rows a warp; keys: positions of K and V in a stage; stages; blocks
 """
 
@@ -18,6 +19,7 @@ class DecodeShape:
     warps: int
     stages: int
     blocks: int
+    sections: int = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from engine.cuda.all_reduce import OneShotSum
 from engine.cuda.attention_portable import PortableAttention
 from engine.cuda.ceilings import SHAPES, Nothing, Read
 from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
@@ -25,9 +26,11 @@ from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention
 from engine.cuda.sampling import GpuSampler
 from engine.cuda.w4_matmul import W4Matmul
+from engine.cuda.w4_portable import W4Portable
 from engine.cuda.w4_repack import W4Repack
 
 OLDEST_MMA = (8, 0)
+HEAD = f"{'sm':>3} {'registers':>9} {'stack':>6} {'spills':>6}  kernel"
 MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132}  # T4, A100, RTX 3090, RTX 4090, H200: decides grids, and with them variants
 
 
@@ -51,14 +54,13 @@ class Model:
 
 MODELS = (
     Model("Llama-3.1-8B", 4096, 14336, 32, 8, 128, 128256),
-    Model("Llama-3.1-70B, half of it", 8192, 14336, 32, 4, 128, 64128, dtypes=("float16",)),
     Model("Qwen3-8B", 4096, 12288, 32, 8, 128, 151936, qk_norm=True, dtypes=("bfloat16",)),
+    Model("Mistral-7B", 4096, 14336, 32, 8, 128, 32000, block_seq_len=128, window=4096, dtypes=("bfloat16",)),
     Model("Qwen2.5-0.5B", 896, 4864, 14, 2, 64, 151936, dtypes=("bfloat16",)),
     Model("SmolLM2-135M", 576, 1536, 9, 3, 64, 49152, block_seq_len=16, group=32),
-    Model("Mistral-7B", 4096, 14336, 32, 8, 128, 32000, block_seq_len=128, window=4096, dtypes=("bfloat16",)),
-    Model("Phi-3-mini", 3072, 8192, 32, 32, 96, 32064, dtypes=("bfloat16",)),
     Model("head_dim 80", 2560, 10240, 32, 32, 80, 51200, group=64, dtypes=("bfloat16",)),
-    Model("head_dim 256", 3072, 24576, 16, 16, 256, 256000, dtypes=("bfloat16",)),
+    Model("head_dim 96", 4096, 14336, 32, 32, 96, 32064, dtypes=("bfloat16",)),
+    Model("head_dim 256", 4096, 14336, 16, 16, 256, 256000, dtypes=("bfloat16",)),
 )
 
 
@@ -80,7 +82,7 @@ class _NoDevice:
         raise RuntimeError("there is no card here")
 
 
-def operations(library: Library, device: _NoDevice, model: Model, dtype: str) -> Iterator[Any]:
+def operations(library: Library, device: Any, model: Model, dtype: str) -> Iterator[Any]:
     """What a rank with this model would make."""
     m = model
     yield from (RmsNorm(library, m.hidden, dtype), AddRmsNorm(library, m.hidden, dtype), SiluMul(library, m.inner, dtype))
@@ -89,6 +91,8 @@ def operations(library: Library, device: _NoDevice, model: Model, dtype: str) ->
     yield RopeStore(library, m.heads, m.kv_heads, m.head_dim, m.head_dim, m.block_seq_len, dtype, qk_norm=m.qk_norm)
     if device.cc < OLDEST_MMA:
         yield PortableAttention(library, m.heads, m.kv_heads, m.head_dim, m.block_seq_len, window=m.window)
+        for form in ("zero", "bias"):
+            yield from (W4Portable(library, m.hidden, m.group * 8, m.group, form), W4Repack(library, m.group, form, dtype))
         return
     place = (library, m.heads, m.kv_heads, m.head_dim, m.block_seq_len, dtype)
     yield PagedDecode(*place, 256, device.multiprocessors, device.cc, window=m.window)
@@ -113,6 +117,8 @@ def variants(sm: int, models: Sequence[Model] = MODELS) -> list[Variant]:
             dtypes = model.dtypes if device.cc >= OLDEST_MMA else tuple(d for d in model.dtypes if d == "float16")
             for dtype in dtypes:
                 plain += operations(library, device, model, dtype)
+        if device.cc >= OLDEST_MMA:
+            plain += [OneShotSum(library, 0, 8, dtype, 1, None) for dtype in (torch.bfloat16, torch.float16)]  # type: ignore[arg-type]
         for operation in plain:
             found |= dict.fromkeys(operation.variants)
     return list(found)
@@ -131,10 +137,11 @@ def resources(variant: Variant, sm: int) -> dict[str, Any]:
 
 
 def run(architectures: Sequence[int], match: str, processes: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """(rows, what failed) of every kernel whose name holds `match`, for each architecture."""
+    """(rows, what failed) of every kernel whose name holds `match`, for each architecture; a row is printed when it is there."""
     work = [(variant, sm) for sm in architectures for variant in variants(sm) if match in variant.name]
     found: list[dict[str, Any]] = []
     failed: list[str] = []
+    print(f"{len(work)} kernels\n{HEAD}", flush=True)
     if processes == 1 or len(work) <= 2:
         for variant, sm in work:
             _take(lambda variant=variant, sm=sm: resources(variant, sm), f"{variant.name}, sm_{sm}", found, failed)
@@ -149,15 +156,12 @@ def run(architectures: Sequence[int], match: str, processes: int) -> tuple[list[
 
 def _take(call: Callable[[], dict[str, Any]], what: str, found: list[dict[str, Any]], failed: list[str]) -> None:
     try:
-        found.append(call())
+        row = call()
     except Exception as error:  # a compiler's exceptions are many; each is one line of the result
         words = str(error).strip().splitlines()
         failed.append(f"{what}: {type(error).__name__}: {words[0] if words else ''}")
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [f"{'sm':>3} {'registers':>9} {'stack':>6} {'spills':>6}  kernel"]
-    for r in rows:
-        mark = "  <--" if r["stack_bytes"] or r["spill_bytes"] else ""
-        lines.append(f"{r['sm']:>3} {r['registers']:>9} {r['stack_bytes']:>6} {r['spill_bytes']:>6}  {r['kernel']}{mark}")
-    return "\n".join(lines)
+        print(f"failed: {failed[-1]}", flush=True)
+        return
+    found.append(row)
+    mark = "  <--" if row["stack_bytes"] or row["spill_bytes"] else ""
+    print(f"{row['sm']:>3} {row['registers']:>9} {row['stack_bytes']:>6} {row['spill_bytes']:>6}  {row['kernel']}{mark}", flush=True)

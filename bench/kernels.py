@@ -45,6 +45,7 @@ def measure_cuda(args: argparse.Namespace) -> dict[str, Any]:
     benches = [CudaBench(device, library, timer, shapes, args.dtype, args.out) for shapes in (TOYS if args.toy else (Shapes(),))]
     if unknown := args.only - benches[0].parts().keys():
         raise ValueError(f"--only knows {', '.join(benches[0].parts())}, not {', '.join(sorted(unknown))}.")
+    library.load(_all_variants(library, device, args.dtype, [bench.shapes for bench in benches]))  # together: in several processes
     for bench in benches:
         bench.run(args.only)
     out = benches[0].result()
@@ -54,11 +55,22 @@ def measure_cuda(args: argparse.Namespace) -> dict[str, Any]:
     return out
 
 
+def _all_variants(library: Any, device: Any, dtype: str, all_shapes: list[Any]) -> list[Any]:
+    """What the operations of these shapes will load, as far as it can be told beforehand; the rest is compiled when it is met."""
+    from bench.compile_only import Model, operations
+
+    found: list[Any] = []
+    for s in all_shapes:
+        sizes = s.hidden, s.inner, s.heads, s.kv_heads, s.head_dim, s.vocab
+        model = Model("", *sizes, block_seq_len=s.block_seq_len, group=s.group)
+        found += [variant for operation in operations(library, device, model, dtype) for variant in operation.variants]
+    return found
+
+
 def compile_only(args: argparse.Namespace) -> int:
     from bench import compile_only
 
     found, failed = compile_only.run(args.sm, args.match, args.processes or usable_cores())
-    print(compile_only.table(found))
     for words in failed:
         print(f"failed: {words}", file=sys.stderr)
     if args.json:

@@ -55,7 +55,7 @@ KEYS: dict[str, type] = {
     "rope_scaling_factor": float,
     "use_logn_attn": int,
 }
-LATER = {
+KNOWN_ONCE = {
     "use_dynamic_ntk": "it is of a LMDeploy before 0.1; convert the checkpoint again",
     "rope_scaling_type": "it is of a LMDeploy after 0.2; serve the checkpoint itself",
     "model_arch": "it is of a LMDeploy after 0.2; serve the checkpoint itself",
@@ -110,7 +110,7 @@ def parse_settings(text: str) -> dict[str, Value]:
         raise FormatError(CONFIG, "", f"wants one section, [{SECTION}]; it has {printable(str(parser.sections()))}")
     given = dict(parser[SECTION])
     for key in given.keys() - KEYS.keys():
-        raise FormatError(CONFIG, printable(key), LATER.get(key, "not a key of LMDeploy 0.1's config.ini"))
+        raise FormatError(CONFIG, printable(key), KNOWN_ONCE.get(key, "not a key of LMDeploy 0.1's config.ini"))
     for key in KEYS:
         if key not in given:
             raise FormatError(CONFIG, key, "missing; all 28 keys are needed")

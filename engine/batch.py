@@ -66,6 +66,38 @@ class Scored:
 NOTHING_SCORED = Scored(NO_TOKENS, NO_TOKENS, NO_TOKENS, NO_TOKENS, [])
 
 
+class PromptScores:
+    """Which slots hold a sequence whose prompt logprobs are wanted, and for which of its ids."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[int, tuple[np.ndarray, int]] = {}  # slot -> (prompt ids int32, top)
+
+    def admit(self, admit: Admit) -> None:
+        self.release(admit.slot)
+        if admit.params.prompt_logprobs >= 0:
+            self._prompts[admit.slot] = (np.array(admit.token_ids[: admit.num_prompt], np.int32), admit.params.prompt_logprobs)
+
+    def release(self, slot: int) -> None:
+        self._prompts.pop(slot, None)
+
+    def scored(self, plan: StepPlan) -> Scored:
+        """The prompt ids whose logprobs the rows of an applied plan bring: those after a position they compute."""
+        if not self._prompts or not any(slot in self._prompts for slot in plan.slots):
+            return NOTHING_SCORED
+        tokens, rows, positions, ids, top = [], [], [], [], []
+        first = 0
+        for row, (slot, start, count) in enumerate(zip(plan.slots, plan.starts, plan.counts, strict=True)):
+            prompt, k = self._prompts.get(slot, (NO_TOKENS, 0))
+            n = max(0, min(start + count, len(prompt) - 1) - start)
+            tokens.append(np.arange(first, first + n, dtype=np.int32))
+            rows.append(np.full(n, row, np.int32))
+            positions.append(np.arange(start + 1, start + 1 + n, dtype=np.int32))
+            ids.append(prompt[start + 1 : start + 1 + n])
+            top += [k] * n
+            first += count
+        return Scored(np.concatenate(tokens), np.concatenate(rows), np.concatenate(positions), np.concatenate(ids), top)
+
+
 class Slots:
     """The persistent batch on the runner's side: ids and block table of every slot."""
 
@@ -74,20 +106,19 @@ class Slots:
         self.ids = np.full((max_batch_size, session_len + 1), -1, np.int32)
         self.tables = np.full((max_batch_size, -(-(session_len + 1) // block_seq_len)), -1, np.int32)
         self.num_blocks = np.zeros(max_batch_size, np.int32)
-        self._prompts: dict[int, tuple[int, int]] = {}  # slot -> (num_prompt, top) where prompt logprobs are wanted
+        self._scores = PromptScores()
 
     def release(self, slot: int) -> None:
         self.tables[slot, : self.num_blocks[slot]] = -1
         self.num_blocks[slot] = 0
-        self._prompts.pop(slot, None)
+        self._scores.release(slot)
 
     def admit(self, admit: Admit) -> None:
         self.release(admit.slot)
         self.ids[admit.slot, : len(admit.token_ids)] = admit.token_ids
         self.tables[admit.slot, : len(admit.blocks)] = admit.blocks
         self.num_blocks[admit.slot] = len(admit.blocks)
-        if admit.params.prompt_logprobs >= 0:
-            self._prompts[admit.slot] = (admit.num_prompt, admit.params.prompt_logprobs)
+        self._scores.admit(admit)
 
     def apply(self, plan: StepPlan) -> None:
         """Releases, admits, new blocks, in this order."""
@@ -126,18 +157,5 @@ class Slots:
         )
 
     def scored(self, plan: StepPlan) -> Scored:
-        """The prompt ids whose logprobs the rows of an applied plan bring: those after a position they compute."""
-        if not self._prompts or not any(slot in self._prompts for slot in plan.slots):
-            return NOTHING_SCORED
-        tokens, rows, positions, ids, top = [], [], [], [], []
-        first = 0
-        for row, (slot, start, count) in enumerate(zip(plan.slots, plan.starts, plan.counts, strict=True)):
-            num_prompt, k = self._prompts.get(slot, (0, 0))
-            n = max(0, min(start + count, num_prompt - 1) - start)
-            tokens.append(np.arange(first, first + n, dtype=np.int32))
-            rows.append(np.full(n, row, np.int32))
-            positions.append(np.arange(start + 1, start + 1 + n, dtype=np.int32))
-            ids.append(self.ids[slot, start + 1 : start + 1 + n])
-            top += [k] * n
-            first += count
-        return Scored(np.concatenate(tokens), np.concatenate(rows), np.concatenate(positions), np.concatenate(ids), top)
+        """What an applied plan brings of prompt logprobs."""
+        return self._scores.scored(plan)

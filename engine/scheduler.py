@@ -27,10 +27,9 @@ from engine.cache.blocks import IntegrityError
 from engine.cache.manager import CacheManager, Match
 from engine.errors import BadParameter, ContextLengthExceeded, EngineError
 from engine.sequence import FinishReason, SamplingParams, Sequence, Status
-from engine.step import BAD_LOGITS, NOTHING_LEFT, Admit, StepPlan, StepResult, TokenEvent
+from engine.step import BAD_LOGITS, MAX_SCORED, NOTHING_LEFT, Admit, StepPlan, StepResult, TokenEvent
 
 FINISHED, RUNNING = Status.FINISHED, Status.RUNNING
-MAX_SCORED = 64  # positions of a step whose logits are computed for prompt_logprobs: they take memory beside the plan's
 _token_event = partial(tuple.__new__, TokenEvent)  # from a tuple of its fields, without a Python frame
 
 

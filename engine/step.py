@@ -94,6 +94,7 @@ class Logprobs:
     top_logprobs: tuple[float, ...] = ()
 
 
+MAX_SCORED = 64  # positions of a step whose logits are computed for prompt_logprobs, beside those of sampled rows
 BAD_LOGITS = -1  # in StepResult.token_ids: the logits of this row were not finite
 NOTHING_LEFT = -2  # in StepResult.token_ids: the masks of this row leave no id
 

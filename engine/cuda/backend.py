@@ -34,7 +34,7 @@ from engine.models.shard import Share, make_shard
 from engine.models.spec import ModelSpec
 from engine.parallel import Ranks
 from engine.plan_cuda import activation_widths
-from engine.step import StepPlan
+from engine.step import MAX_SCORED, StepPlan
 
 Array = torch.Tensor
 TILE_TOKENS = 2  # column of a tile: how many tokens it has
@@ -77,8 +77,8 @@ class CudaBackend:
         self.library = library = Library(device, Path(config.engine.kernel_cache_dir), processes=usable_cores())
         rows = max(knobs.max_prefill_token_num, knobs.max_batch_size)
         self._buffers = Buffers(device.torch_device, self._dtype, rows, activation_widths(spec, own))
-        self._taken = torch.empty((knobs.max_batch_size, spec.hidden_size), **self._place)
-        self._logits = torch.empty((knobs.max_batch_size, spec.vocab_size), dtype=torch.float32, device=device.torch_device)
+        self._taken = torch.empty((knobs.max_batch_size + MAX_SCORED, spec.hidden_size), **self._place)
+        self._logits = torch.empty((knobs.max_batch_size + MAX_SCORED, spec.vocab_size), dtype=torch.float32, device=device.torch_device)
         hidden = spec.hidden_size
         self._embed, self._take, self._updates = Embed(library, hidden), TakeRows(library, hidden), ApplyUpdates(library)
         self._rms_norm, self._add_rms_norm = RmsNorm(library, hidden, dtype), AddRmsNorm(library, hidden, dtype)
@@ -103,6 +103,7 @@ class CudaBackend:
         }  # fmt: skip
         self._linears = Linears(library, device, dtype, rows)
         self._state: State
+        self._only_decode = False
 
     # -- load -----------------------------------------------------------------------------------------------------------
 
@@ -163,6 +164,7 @@ class CudaBackend:
         return next(iter(self._prefill.values())).most_tiles(tokens, rows)
 
     def begin(self, batch: Step) -> Step:
+        self._only_decode = batch.num_decode == batch.num_tokens
         self._updates(self._state.tables, batch.updates)
         if batch.num_decode:
             for decode in self._decode.values():
@@ -218,7 +220,7 @@ class CudaBackend:
         return out
 
     def take(self, x: Array, indices: torch.Tensor) -> Array:
-        if len(indices) == len(x):  # every token is sampled, in order
+        if self._only_decode:  # every token is sampled, in order
             return x
         out = self._taken[: len(indices)]
         self._take(x, indices, out)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from config.schema import Config
+from engine.batch import Scored
 from engine.cache.layout import KVLayout
 from engine.cuda.backend import CudaBackend
 from engine.cuda.graphs import DecodeGraphs
@@ -32,7 +33,7 @@ from engine.parallel import Ranks
 from engine.plan import kv_blocks
 from engine.plan_cuda import GRAPHS_BYTES
 from engine.sequence import SamplingParams
-from engine.step import Admit, StepPlan, StepResult
+from engine.step import MAX_SCORED, Admit, StepPlan, StepResult
 from engine.weights import open_checkpoint
 
 RING = 4  # host buffers of steps that may be in flight: more than the loop ever has
@@ -70,6 +71,7 @@ class CudaRunner:
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         started = time.perf_counter()
         for slot in plan.releases:
+            self._state.release(slot)
             self._sampler.release(slot)
         for admit in plan.admits:
             self._state.admit(admit)
@@ -77,31 +79,34 @@ class CudaRunner:
         updates = self._state.updates(plan)
         if not plan.slots:
             return lambda: StepResult(plan.step)
-        logits, step = self._forward(plan, updates)
-        collect = None
-        if logits is not None:
-            slots = [slot for slot, sampled in zip(plan.slots, plan.samples, strict=True) if sampled]
-            collect = self._sampler.sample(logits, step.sample_slots, slots, self._state.ids)
+        scored = self._state.scores.scored(plan)
+        logits, step = self._forward(plan, updates, scored)
+        slots = [slot for slot, sampled in zip(plan.slots, plan.samples, strict=True) if sampled]
+        ids = scores = None
+        if logits is not None and len(scored):  # first: sampling changes its own rows only
+            scores = self._sampler.score(logits[len(slots) :], scored)
+        if slots:
+            ids = self._sampler.sample(logits, step.sample_slots, slots, self._state.ids)
         done = self._device.event()
-        return lambda: self._collect(plan.step, collect, done, started)
+        return lambda: self._collect(plan.step, ids, scores, done, started)
 
     def close(self) -> None:
         self._device.synchronize()
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
-    def _forward(self, plan: StepPlan, updates: np.ndarray) -> tuple[torch.Tensor | None, Step]:
+    def _forward(self, plan: StepPlan, updates: np.ndarray, scored: Scored) -> tuple[torch.Tensor | None, Step]:
         rows, decode = len(plan.slots), _num_decode(plan)
         graph = self._graphs.find(rows, len(updates)) if decode == rows else None
         tiles, max_tile = (NO_TILES, 0) if graph is not None else self._backend.tiles(plan, decode)
         if graph is not None:
             shape, inputs = graph.shape, graph.inputs
         else:
-            shape = Shape(plan.num_tokens, rows, sum(plan.samples), len(updates), len(tiles))
+            shape = Shape(plan.num_tokens, rows, sum(plan.samples) + len(scored), len(updates), len(tiles))
             inputs = self._inputs[: shape.size]
         staged = self._staged[self._step % RING]
         self._step += 1
-        fill(staged.numpy(), shape, plan, updates, self._state.dummy, self._state.trash, tiles)
+        fill(staged.numpy(), shape, plan, updates, self._state.dummy, self._state.trash, tiles, scored.tokens)
         inputs.copy_(staged[: shape.size], non_blocking=True)
         step = views(inputs, shape, shape.rows if graph is not None else decode, max_tile)
         if graph is not None:
@@ -109,16 +114,17 @@ class CudaRunner:
             return graph.logits[:rows], step
         return self._decoder.forward(step, self._kv), step
 
-    def _collect(self, number: int, collect: Any, done: Any, started: float) -> StepResult:
+    def _collect(self, number: int, sampled: Any, scores: Any, done: Any, started: float) -> StepResult:
         """Waits for the card. Called in the order of `launch`, in another thread than `launch` may be."""
         done.synchronize()
         ended = time.perf_counter()
         elapsed = ended - max(started, self._finished_s)  # a step that waited behind another is not charged for it
         self._finished_s = ended
-        ids, logprobs = ((), ()) if collect is None else collect()
+        ids, logprobs = ((), ()) if sampled is None else sampled()
+        prompt = () if scores is None else tuple(scores())
         if self._config.engine.check_ranks:
             self._ranks.check_same(zlib.crc32(np.array(ids, np.int32).tobytes()), number)
-        return StepResult(number, ids, logprobs, int(elapsed * 1e6))
+        return StepResult(number, ids, logprobs, int(elapsed * 1e6), prompt)
 
     # -- start ----------------------------------------------------------------------------------------------------------
 
@@ -141,7 +147,9 @@ class CudaRunner:
     def _largest_shape(self) -> Shape:
         knobs = self._config.engine
         tokens, rows = max(knobs.max_prefill_token_num, knobs.max_batch_size), knobs.max_batch_size
-        return Shape(tokens, rows, rows, tokens // self._config.cache.cache_block_seq_len + rows, self._backend.most_tiles(tokens, rows))
+        return Shape(
+            tokens, rows, rows + MAX_SCORED, tokens // self._config.cache.cache_block_seq_len + rows, self._backend.most_tiles(tokens, rows)
+        )
 
     def _warm_up(self, session_len: int) -> None:
         """Load kernels, run the largest prompt part and a decode step, capture the graphs: no request waits for any of it."""

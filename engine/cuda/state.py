@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.batch import PromptScores
 from engine.step import Admit, StepPlan
 
 
@@ -29,6 +30,7 @@ class State:
         self.ids = torch.zeros((max_batch_size + 1, session_len + 1), **place)
         self.tables = torch.full((max_batch_size + 1, self.blocks_per_slot), trash, **place)
         self._num_blocks = np.zeros(max_batch_size, np.int32)
+        self.scores = PromptScores()
 
     @staticmethod
     def nbytes(max_batch_size: int, session_len: int, block_seq_len: int) -> int:
@@ -39,6 +41,10 @@ class State:
         self._put(self.ids[admit.slot], admit.token_ids)
         self._put(self.tables[admit.slot], admit.blocks)
         self._num_blocks[admit.slot] = len(admit.blocks)
+        self.scores.admit(admit)
+
+    def release(self, slot: int) -> None:
+        self.scores.release(slot)
 
     def updates(self, plan: StepPlan) -> np.ndarray:
         """int32 [U, 3] (slot, index, block): the entries that the plan adds to block tables."""

@@ -7,8 +7,8 @@ positions    [T]      its position in its sequence
 row_starts   [R + 1]  tokens of row r are row_starts[r] .. row_starts[r + 1] - 1
 row_slots    [R]      batch slot of each row
 contexts     [R]      positions that exist after this step
-sampled      [S]      token index of the last token of each sampled row
-sample_slots [S]      its batch slot
+sampled      [S]      token index of the last token of each sampled row, then of positions whose logits are wanted besides
+sample_slots [S]      its batch slot (the dummy, for the latter)
 updates      [U, 3]   (slot, index, block): entries the block tables gain before anything is computed
 tiles        [P, 4]   pieces of prompt parts for the attention kernel (`engine/cuda/attention_tiles.py`)
 
@@ -25,6 +25,7 @@ import torch
 
 from engine.step import StepPlan
 
+NO_TOKENS = np.empty(0, np.int32)
 NO_TILES = np.empty((0, 4), np.int32)
 
 
@@ -83,8 +84,18 @@ def views(buffer: torch.Tensor, shape: Shape, num_decode: int, max_tile: int = 0
     return Step(*arrays, updates=updates.view(-1, 3), tiles=tiles.view(-1, 4), num_decode=num_decode, max_tile=max_tile)
 
 
-def fill(out: np.ndarray, shape: Shape, plan: StepPlan, updates: np.ndarray, dummy: int, trash: int, tiles: np.ndarray = NO_TILES) -> None:
-    """Write a plan's rows into `out`, int32 [shape.size]; updates int32 [U', 3], U' <= shape.updates; tiles int32 [P, 4].
+def fill(
+    out: np.ndarray,
+    shape: Shape,
+    plan: StepPlan,
+    updates: np.ndarray,
+    dummy: int,
+    trash: int,
+    tiles: np.ndarray = NO_TILES,
+    scored: np.ndarray = NO_TOKENS,
+) -> None:
+    """Write a plan's rows into `out`, int32 [shape.size]; updates int32 [U', 3], U' <= shape.updates; tiles int32 [P, 4];
+    scored int32: token indices that follow the sampled ones.
 
     Rows, tokens and samples beyond the plan's become padding: one token at position 0 of the `dummy` slot. Updates beyond
     those given set the dummy's first table entry to the `trash` block.
@@ -114,8 +125,10 @@ def fill(out: np.ndarray, shape: Shape, plan: StepPlan, updates: np.ndarray, dum
     entries[: len(updates)] = updates
     at = 0
     arrays = (
-        token_slots, positions, row_starts, slots, starts + counts, (row_starts[1:] - 1)[samples], slots[samples], entries.ravel(),
-        tiles.ravel(),
+        token_slots, positions, row_starts, slots, starts + counts,
+        np.concatenate(((row_starts[1:] - 1)[samples], scored)),
+        np.concatenate((slots[samples], np.full(len(scored), dummy, np.int32))),
+        entries.ravel(), tiles.ravel(),
     )  # fmt: skip
     for array in arrays:
         out[at : at + len(array)] = array

@@ -28,11 +28,11 @@ from engine.models.spec import ModelSpec
 from engine.parallel import Ranks
 from engine.reference import ReferenceBackend
 from engine.sequence import SamplingParams
-from engine.step import Admit, StepPlan
+from engine.step import Admit, Logprobs, StepPlan
 from engine.weights import open_checkpoint
 from tests.fixtures.awq import awq_checkpoint
 from tests.fixtures.toy import toy_checkpoint, toy_gguf
-from tests.harness import answers, configure
+from tests.harness import answers, collect, configure
 from tests.ptx.device import EmulatedDevice
 
 MARGIN = 0.06
@@ -157,3 +157,31 @@ def test_4_bit_weights_give_the_references_ids(case: str, tmp_path: Path, root: 
     reference = Reference(model, resolve_spec(config))
     for prompt, answer in zip(PROMPTS, ids, strict=True):
         reference.check(prompt, answer)
+
+
+async def scores(config: Config, prompt: list[int]) -> tuple[list[Logprobs], Logprobs]:
+    """Of the prompt's ids, and of the answer's one id."""
+    engine, _ = engine_of(config)
+    await engine.start()
+    try:
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=2, prompt_logprobs=2)
+        generation = engine.submit(prompt, params)
+        events = await collect(generation)
+        return generation.sequence.prompt_logprobs, events[0].logprobs
+    finally:
+        await engine.stop()
+
+
+def test_logprobs_of_prompt_and_answer_are_the_references(tmp_path: Path, root: Path) -> None:
+    model, prompt = toy_checkpoint(tmp_path / "model", "llama"), list(range(3, 40))
+    config = config_of(model, root)
+    of_prompt, of_answer = asyncio.run(scores(config, prompt))
+    reference = Reference(model, resolve_spec(config))
+    assert len(of_prompt) == len(prompt) - 1
+    for position in (1, 2, 23, 24, 25, 36, 37):  # parts are of 24 tokens
+        logits = reference.logits(prompt[:position]).astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+        found = of_prompt[position - 1] if position < 37 else of_answer
+        token = prompt[position] if position < 37 else int(logits.argmax())
+        assert abs(found.logprob - logprobs[token]) < 0.1 and abs(found.rank - int((logits > logits[token]).sum())) <= 8
+        assert np.abs(np.array(found.top_logprobs) - np.sort(logprobs)[::-1][:2]).max() < 0.1

@@ -247,7 +247,7 @@ def _stop(limits: Request) -> Field:
                 raise bad(name, f"{name} holds a string longer than {size} bytes.", "string_above_max_length")
         return tuple(dict.fromkeys(stops))
 
-    one = {"type": "string", "minLength": 1, "maxLength": max(1, size // 4)}
+    one = {"type": "string", "minLength": 1, "maxLength": size}  # bytes, which a schema cannot count
     schema = {"anyOf": [one, {"type": "array", "items": one, "maxItems": most}]}
     return Field("stop", f"Up to {most} strings, each at most {size} bytes of UTF-8, that end the answer.", schema, parse, ())
 
@@ -283,7 +283,7 @@ def _bad_words(size: int) -> Field:
                 raise bad(name, f"{name} holds a word that is blank or longer than {size} bytes.", "invalid_value")
         return tuple(dict.fromkeys(words))
 
-    word = {"type": "string", "minLength": 1, "maxLength": max(1, size // 4), "pattern": r"\S"}
+    word = {"type": "string", "minLength": 1, "maxLength": size, "pattern": r"\S"}
     schema = {"type": "array", "items": word, "maxItems": MAX_BAD_WORDS}
     doc = "Words that the answer may not hold, as the tokenizer writes them at its beginning, within a word and after a space."
     return Field("bad_words", doc, schema, parse, ())

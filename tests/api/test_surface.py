@@ -22,7 +22,7 @@ from api.log import log_throughput
 from tests.api.harness import Running, mock_config, post_bytes, serving, until
 
 SKIPPED = ("/docs", "/openapi.json", "/metrics", "/sleep")  # a server that sleeps refuses what comes after
-EXAMPLES = 40  # of each operation; the acceptance run takes 2,000 and more
+EXAMPLES = 12  # of each operation; the acceptance run takes 2,000 and more
 
 
 def document(server: Running) -> Any:

@@ -33,6 +33,8 @@ def requests() -> list[dict[str, Any]]:
         {"temperature": 1.0, "presence_penalty": 1.0, "frequency_penalty": 0.5},
         {"temperature": 0, "repetition_penalty": 1.4, "logit_bias": {"65": 2.5}, "min_tokens": 10},
         {"temperature": 1.0, "n": 3},
+        {"temperature": 0, "echo": True},
+        {"temperature": 1.0, "allowed_token_ids": list(range(97, 123)), "bad_words": ["e", "st", "and"]},
         {"temperature": 0.7, "stop": ["e", "K", "o", "t", "f", "_"], "min_tokens": 4},
     ]
     prompts = ["x", "The same beginning, " * 4 + "then one", "The same beginning, " * 4 + "then another", "é€😀 and more"]
@@ -66,7 +68,7 @@ def ask_streamed(server: Server, body: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def summary(text: str, finish: str, logprobs: dict[str, Any]) -> dict[str, Any]:
-    return {"text": text, "finish": finish, "tokens": logprobs["tokens"], "logprobs": [round(p, 3) for p in logprobs["token_logprobs"]]}
+    return {"text": text, "finish": finish, "tokens": logprobs["tokens"], "logprobs": [round(p or 0.0, 3) for p in logprobs["token_logprobs"]]}
 
 
 def together(server: Server, bodies: list[dict[str, Any]], streamed: bool) -> list[list[dict[str, Any]]]:
@@ -108,3 +110,18 @@ def test_the_kinds_differ(alone: list[list[dict[str, Any]]]) -> None:
     """So that equality above is worth something."""
     assert len({json.dumps(answers) for answers in alone}) == len(alone)
     assert {choice["finish"] for answers in alone for choice in answers} == {"stop", "length"}
+
+
+def test_a_prompt_is_scored_as_its_answer_was(toy: Path) -> None:
+    """Logprobs of an answer, and those of the same ids given as a prompt; perplexity is made of them. Cached or not."""
+    with Server(*PLAIN, *WAYS["plain"], f"model.path={toy}") as server:
+        server.ready()
+        body = {"prompt": "Once upon a time", "max_tokens": 40, "temperature": 0, "logprobs": 1, "return_token_ids": True, "ignore_eos": True}
+        choice = server.post("/v1/completions", body)[1]["choices"][0]
+        ids = choice["prompt_token_ids"] + choice["token_ids"]
+        scored = server.post("/v1/completions", {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1})[1]["choices"][0]["logprobs"]
+        assert scored["token_logprobs"][-40:] == pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-3)
+        assert scored["top_logprobs"][-1] == pytest.approx(choice["logprobs"]["top_logprobs"][-1], abs=1e-3)
+        loss = -sum(scored["token_logprobs"][1:]) / (len(ids) - 1)
+        for _ in range(2):
+            assert server.post("/get_ppl", {"input": ids})[1]["ppl"] == pytest.approx(loss, abs=1e-4)

@@ -322,10 +322,11 @@ class _Writer:
 
     def _bits(self, tensor: torch.Tensor, name: str) -> np.ndarray:
         """uint16: the values as float16 or bfloat16."""
-        rounded = tensor.to(self.dtype)
-        if not bool(torch.isfinite(rounded).all()):
+        bits: np.ndarray = tensor.to(self.dtype).contiguous().view(torch.int16).numpy().view("<u2")
+        exponent = np.uint16(0x7F80 if self.dtype == torch.bfloat16 else 0x7C00)  # all ones: infinity (the reader let none pass)
+        if tensor.dtype != self.dtype and int((bits & exponent).max(initial=0)) == exponent:
             raise ModelError(f"{name}: a number is too large for {self.dtype}; such a model cannot be a {self.dtype} workspace")
-        return rounded.contiguous().view(torch.int16).numpy().view("<u2")
+        return bits
 
 
 # --- the disk -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import os
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -104,13 +103,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `numbatch list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
-
-
-def program() -> None:
-    """The console script: `main`, then the end of the process, whatever threads are still in native code."""
-    code = main()
-    if threading.active_count() > 1:
-        from server import finish
-
-        finish(code)
-    sys.exit(code)

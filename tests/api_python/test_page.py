@@ -30,7 +30,7 @@ def run(root: Path, folder: Path, code: str) -> str:
     script.write_text(code, encoding="utf-8")
     env = {
         **os.environ,
-        "NUMBATCH_ENGINE_DEVICE": "reference",
+        "NUMBATCH_ENGINE_DEVICE": "mock",
         "NUMBATCH_MODEL_DTYPE": "float32",
         "NUMBATCH_CACHE_CACHE_MAX_BYTES": "16000000",
     }

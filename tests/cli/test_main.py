@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.entry import ROOMS
 from cli.main import COMMANDS, SERVE, main, there
 from tests.cli.programs import run
 
@@ -115,3 +116,18 @@ def test_the_completion_script_is_the_shells(shell: str, capsys: pytest.CaptureF
     assert "numbatch" in said
     if shell == "bash":
         assert subprocess.run(["bash", "-n"], input=said, text=True).returncode == 0
+
+
+def test_a_stranger_in_a_rooms_place_is_named(tmp_path: Path, root: Path) -> None:
+    (tmp_path / "text.py").write_text("raise SystemError('imported')\n")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    done = subprocess.run([sys.executable, "-m", "cli", "--version"], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 1
+    assert f"(text: {tmp_path / 'text.py'})" in done.stderr
+    assert run("--version").stdout.startswith("numbatch ")
+
+
+def test_the_guard_knows_every_room() -> None:
+    from tests.house.tree import ROOMS as HOUSE
+
+    assert set(ROOMS) == {*HOUSE, "server", "numbatch"} - {"cli"}

@@ -176,9 +176,6 @@ def _check_together(values: dict[str, Any], service: Service) -> None:
         raise bad("best_of", f"best_of must equal n ({n}): every answer is returned.", "unsupported_value")
     if values["max_tokens"] == 0 and not values["echo"]:
         raise bad("max_tokens", "max_tokens = 0 needs echo = true: else there is nothing to answer.", "invalid_value")
-    most = service.config.admission.max_requests
-    if n * len(values["prompt"]) > most:
-        raise bad("n", f"n x prompts is {n * len(values['prompt'])}; the server runs at most {most} sequences.", "invalid_value")
 
 
 async def _ids(service: Service, prompt: str | list[int], values: dict[str, Any]) -> list[int]:

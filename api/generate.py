@@ -99,7 +99,8 @@ class Choice:
 
     def feed(self, event: TokenEvent) -> Delta | None:
         """The delta that this event completes; None while text is held back (half a character, maybe a stop string)."""
-        if self._no_answer:  # only the prompt was of interest: the one id that had to be sampled is nobody's
+        if self._no_answer and event.finish_reason not in (FinishReason.ABORT, FinishReason.ERROR):
+            # only the prompt was of interest: the one id that had to be sampled is nobody's
             self.generation.abort()
             return self._finish("length", "")
         if event.finish_reason is not None:

@@ -51,9 +51,10 @@ def prompt_lists(choice: Choice, tokenizer: Tokenizer, skip_special: bool) -> di
         tokens.append(text(token))
         offsets.append(at)
         at += 0 if skip_special and token in tokenizer.special_ids else len(tokens[-1])
-    found = choice.prompt_logprobs
-    tops = [{text(i): max(p, MIN_LOGPROB) for i, p in zip(v.top_ids, v.top_logprobs, strict=True)} for v in found]
-    columns = (tokens, [None, *(max(v.logprob, MIN_LOGPROB) for v in found)], [None, *tops], offsets)
+    found: list[Logprobs | None] = [None, *choice.prompt_logprobs]
+    found += [None] * (len(tokens) - len(found))  # cancelled before the prompt was through
+    tops = [v and {text(i): max(p, MIN_LOGPROB) for i, p in zip(v.top_ids, v.top_logprobs, strict=True)} for v in found]
+    columns = (tokens, [v and max(v.logprob, MIN_LOGPROB) for v in found], tops, offsets)
     return dict(zip(LOGPROB_LISTS, columns, strict=True))
 
 

@@ -252,6 +252,8 @@ async def get_ppl(request: web.Request) -> web.Response:
 def _loss(choice: Choice) -> float:
     """Mean cross entropy of the prompt's ids after the first, in nats."""
     found = [value.logprob for value in choice.prompt_logprobs]
+    if len(found) < choice.generation.num_prompt - 1:
+        raise ApiError(503, "This request was cancelled before its text was scored.", code="aborted")
     if not all(map(math.isfinite, found)):
         raise ApiError(500, "The model produced numbers that are not finite; this text has no perplexity.", code="bad_logits")
     return -math.fsum(found) / len(found)

@@ -20,7 +20,7 @@ from aiohttp import web
 
 from api.access import Access, Caller
 from api.counters import Metrics
-from api.errors import NOT_READY_RETRY_S, ApiError, from_engine, from_text, retry_headers
+from api.errors import NOT_READY_RETRY_S, ApiError, bad, from_engine, from_text, retry_headers
 from api.generate import Answer, Choice
 from api.protocol import Gate
 from api.response_store import ResponseStore
@@ -153,6 +153,9 @@ class Service:
         `chat`: the prompts come from the chat template, whose ends count as well. `names`: what may cancel the answer.
         """
         served = self.served()
+        most = self.config.admission.max_requests
+        if len(prompts) * wanted.n > most:
+            raise bad("n", f"n x prompts is {len(prompts) * wanted.n}; the server runs at most {most} sequences.", "invalid_value")
         wanted = _with_bad_words(_with_ends(wanted, served, chat), served)
         salt = self.access.salt(caller, wanted.cache_salt)
         stops = StopMatcher(wanted.stop, include=wanted.include_stop) if wanted.stop else None

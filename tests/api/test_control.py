@@ -12,7 +12,8 @@ import pytest
 from api.control import NO_ENDPOINT
 from api.response_store import ResponseStore, Stored
 from api.session_history import SessionHistory
-from tests.api.harness import Running, mock_config, serving, until
+from engine.errors import EngineDead
+from tests.api.harness import Running, mock_config, post_bytes, receive_all, serving, until
 
 CHAT, TURN = "/v1/chat/completions", "/v1/chat/interactive"
 LONG: dict[str, Any] = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "seed": 1}
@@ -211,3 +212,31 @@ def test_responses_make_room_and_are_their_owners() -> None:
     assert store.get("r2", "other") is None and not store.delete("r2", "other") and store.delete("r2", "k")
     store.put("big", Stored("k", {}, [], [{"role": "user", "content": "x" * (65 << 20)}]))
     assert len(store) == 0
+
+
+# -- a stream that breaks says so in its protocol ----------------------------------------------------------
+
+STREAMS: dict[str, tuple[dict[str, Any], str]] = {
+    "/v1/messages": ({"max_tokens": 400, "messages": [{"role": "user", "content": "hi"}]}, "event: error\ndata: "),
+    "/v1/responses": ({"input": "hi", "ignore_eos": True}, "event: response.failed\ndata: "),
+    TURN: ({"prompt": "hi", "request_output_len": 400, "ignore_eos": True}, '{"text":"","tokens":'),
+    "/generate": ({"text": "hi", "max_tokens": 400, "ignore_eos": True}, 'data: {"error":'),
+    "/v2/models/mock/generate_stream": ({"text_input": "hi", "max_tokens": 400, "ignore_eos": True}, 'data: {"error":'),
+}
+
+
+def test_the_death_of_the_engine_in_every_protocol() -> None:
+    with serving(mock_config(engine={"mock_step_s": 0.01})) as dying:
+        open_streams = {}
+        for path, (body, _) in STREAMS.items():
+            raw = dying.connect()
+            raw.sendall(post_bytes(path, json.dumps(body if path.startswith("/v2") else {**body, "stream": True}).encode()))
+            open_streams[path] = raw
+        until(lambda: len(dying.service.live) == len(STREAMS), 5, "not all streams began")
+        until(lambda: all(a.choices[0].num_generated > 3 for a in list(dying.service.live)), 5, "no tokens")
+        dying.call(lambda: dying.engine._die(EngineDead("The engine stopped for a test."), 5))
+        for path, raw in open_streams.items():
+            with raw:
+                text = receive_all(raw).decode()
+            assert STREAMS[path][1] in text and "The engine stopped for a test." in text, (path, text[-500:])
+            assert "[DONE]" not in text and "message_stop" not in text and "response.completed" not in text

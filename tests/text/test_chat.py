@@ -389,3 +389,26 @@ def test_marks_for_random_vocabularies_and_templates() -> None:
         for match in vocabulary.special_pattern.finditer(text):
             assert not any(match.start() < end and match.end() > start for start, end in user_spans)
         assert marks.remove(text) == between[0] + "".join(c + b for c, b in zip(given, between[1:], strict=True))
+
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3_1", "internlm2"])
+@pytest.mark.parametrize("begun", ["Once upon", "Two lines\nand spaces  ", "<|im_end|> said", "the user said hello"])
+def test_the_last_message_is_gone_on_with(
+    load: Callable[[str], Tokenizer], assets: Path, make: Callable[..., ChatTemplate], name: str, begun: str
+) -> None:
+    """The prompt ends with the words of the last message: what an answer that begins with them would have been."""
+    tokenizer = load(name)
+    template = make(tokenizer=tokenizer, source=None)
+    messages = [*user("the user said hello"), {"role": "assistant", "content": begun}]
+    ids = template.render(messages, add_generation_prompt=False, continue_final_message=True)
+    opened = template.render(messages[:1])
+    text = tokenizer.decode(ids, skip_special=False)
+    assert ids[: len(opened) - 1] == opened[:-1]  # the last token of the opening may join with what follows
+    assert text in (tokenizer.decode(opened, skip_special=False) + begun, tokenizer.decode(opened, skip_special=False) + begun.strip())
+    closed = template.render(messages, add_generation_prompt=False)
+    assert len(closed) > len(ids) and sum(map(tokenizer.special_ids.__contains__, closed)) > sum(map(tokenizer.special_ids.__contains__, ids))
+
+
+def test_an_empty_last_message_cannot_be_gone_on_with(chatml: ChatTemplate) -> None:
+    for content in ("", "  \n"):
+        with pytest.raises(TemplateRefused, match="empty"):
+            chatml.render([*user("hi"), {"role": "assistant", "content": content}], add_generation_prompt=False, continue_final_message=True)

@@ -32,6 +32,10 @@ from bench.load import Pace
 from bench.machine import describe_machine
 from bench.offline import LONG_LISTS
 from bench.workload import Job
+from config.errors import ConfigError
+from config.load import load_config
+from engine.build import resolve_spec
+from engine.errors import EngineError
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_TIMEOUT_S = 30.0
@@ -111,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--workload", choices=("mixed512",), default=None, help="what to send once it is ready; default: nothing")
     p.add_argument("--requests", type=int, default=workload.MIXED, help="only the first so many")
     p.add_argument("--length-scale", type=float, default=1.0)
-    p.add_argument("--vocab-size", type=int, default=32000, help="random ids are below this")
+    p.add_argument("--vocab-size", type=int, default=0, help="random ids are below this; 0: what the model has")
     p.add_argument("--max-batch-size", type=int, default=256, help="as engine.max_batch_size")
     p.add_argument("--repeats", type=int, default=1)
     p.add_argument("--cold", action="store_true", help="with an empty kernel cache")
@@ -135,15 +139,16 @@ def knobs(args: argparse.Namespace, kernel_cache: str) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
-    if not (args.requests >= 1 and args.repeats >= 1 and args.length_scale > 0 and args.vocab_size > 4):
+    if not (args.requests >= 1 and args.repeats >= 1 and args.length_scale > 0 and (args.vocab_size > 4 or args.vocab_size == 0)):
         p.error("--requests, --repeats and --length-scale must be above 0, --vocab-size above 4")
     with contextlib.ExitStack() as stack:
         cache = stack.enter_context(tempfile.TemporaryDirectory()) if args.cold else ""
         try:
+            args.vocab_size = args.vocab_size or resolve_spec(load_config(None, sets=knobs(args, cache)).config).vocab_size
             environment = {name: value for name, value in os.environ.items() if not (cache and name == "NUMBA_CACHE_DIR")}
             server = stack.enter_context(serving(knobs(args, cache), env=environment))
             out = asyncio.run(measure(server, args))
-        except (OSError, RuntimeError, ValueError, TimeoutError, aiohttp.ClientError) as error:
+        except (EngineError, ConfigError, OSError, RuntimeError, ValueError, TimeoutError, aiohttp.ClientError) as error:
             print(f"bench.served: {error}", file=sys.stderr)
             return 2
     out |= {"bench": "served", "model": Path(args.model).name, "cold": args.cold, "set": args.set, "machine": describe_machine()}

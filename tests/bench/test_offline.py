@@ -102,9 +102,12 @@ def test_served_counts_from_the_command(capsys: pytest.CaptureFixture[str]) -> N
     assert out["mixed_http"]["total_output_tokens"] == sum(max(1, round(m * 0.05)) for _, m in mixed_lengths(9))
 
 
-def test_served_says_why_a_server_did_not_come(capfd: pytest.CaptureFixture[str]) -> None:
-    assert served.main(["--model", "nowhere.gguf", "--device", "cpu", "--ready-timeout", "30"]) == 2
-    assert "exit code" in capfd.readouterr().err
+def test_served_says_why_a_server_did_not_come(capfd: pytest.CaptureFixture[str], smollm2: Path) -> None:
+    assert served.main(["--model", "nowhere.gguf", "--device", "cpu"]) == 2
+    assert "nowhere.gguf" in capfd.readouterr().err
+    words = ["--model", str(smollm2), "--device", "cpu", "--ready-timeout", "60", "--set", "cache.num_blocks=100000000"]
+    assert served.main(words) == 2
+    assert "exit code 4 before it was ready" in capfd.readouterr().err
 
 
 def test_offline_refuses_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:

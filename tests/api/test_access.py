@@ -156,3 +156,18 @@ def test_the_key_is_in_no_log_and_no_metric(server: Running, caplog: pytest.LogC
         _, _, metrics = server.request("GET", "/metrics", headers=bearer(KEY))
     for text in (caplog.text, metrics.decode()):
         assert KEY not in text and "sk-wrong-key" not in text
+
+
+def test_anthropics_header_is_as_good(server: Running) -> None:
+    assert server.request("GET", "/v1/models", headers={"x-api-key": KEY})[0] == 200
+    assert server.request("GET", "/v1/models", headers={"x-api-key": "wrong"})[0] == 401
+    assert server.request("GET", "/v1/models", headers={"x-api-key": KEY, **bearer("wrong")})[0] == 401  # Authorization decides
+
+
+def test_a_wrong_key_is_refused_in_each_protocols_shape(server: Running) -> None:
+    shapes = {"/v1/completions": {"error"}, "/v1/messages": {"type", "error"}, "/v2/models/mock/infer": {"error"}}
+    for path, keys in shapes.items():
+        status, body = server.post(path, {})
+        assert status == 401 and set(body) == keys
+    assert server.post("/v1/messages", {})[1]["error"]["type"] == "authentication_error"
+    assert isinstance(server.post("/v2/models/mock/infer", {})[1]["error"], str)

@@ -89,18 +89,20 @@ def test_streamed_responses(client: openai.OpenAI) -> None:
     assert final.status == "completed"
 
 
-def test_a_streamed_response_is_cancelled(client: openai.OpenAI) -> None:
-    stream = client.responses.create(input="hi", model="mock", max_output_tokens=450, stream=True, extra_body={"ignore_eos": True})
-    events = iter(stream)
-    name = next(events).response.id  # type: ignore[union-attr]
-    try:
+def test_a_streamed_response_is_cancelled() -> None:
+    with (
+        serving(mock_config(engine={"mock_step_s": 0.01})) as slow,
+        openai.OpenAI(base_url=slow.url + "/v1", api_key="x", max_retries=0) as client,
+    ):
+        stream = client.responses.create(input="hi", model="mock", max_output_tokens=450, stream=True, extra_body={"ignore_eos": True})
+        events = iter(stream)
+        name = next(events).response.id  # type: ignore[union-attr]
         assert client.responses.cancel(name).status == "cancelled"
-    except openai.BadRequestError:
-        pytest.skip("the mock engine was faster")
-    kinds = [event.type for event in events]
-    assert kinds[-1] == "response.failed" and client.responses.retrieve(name).status == "cancelled"
-    with pytest.raises(openai.BadRequestError):
-        client.responses.cancel(name)
+        last = list(events)[-1]
+        assert last.type == "response.failed" and last.response.status == client.responses.retrieve(name).status == "cancelled"
+        assert 0 < last.response.usage.output_tokens < 450  # type: ignore[union-attr]
+        with pytest.raises(openai.BadRequestError, match="not running"):
+            client.responses.cancel(name)
 
 
 def test_a_response_of_another_key_is_nobodys(server: Running) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from engine.backend import Backend  # imports torch, which the memory plan and the server process do without
 
 
+BFLOAT16_SINCE = (8, 0)  # compute capability
 HOST_BATCH_SIZE, HOST_STEP_TOKENS = 64, 512
 CUDA_BATCH_SIZE, CUDA_STEP_TOKENS = 256, 8192
 
@@ -31,16 +32,16 @@ def num_threads(config: Config) -> int:
     return wanted or max(1, cores // config.engine.tp)
 
 
-def computing_dtype(config: Config, device: str, stored: str = "") -> str:
+def computing_dtype(config: Config, device: str, stored: str = "", cc: tuple[int, int] = BFLOAT16_SINCE) -> str:
     """The dtype of activations and KV. `auto` is bfloat16 where the CPU multiplies it natively, else float32; on a card the
-    16-bit type that the checkpoint is `stored` in, else bfloat16."""
+    16-bit type that the checkpoint is `stored` in, else bfloat16; a card of a compute capability `cc` before 8.0 has only float16."""
     wanted = config.model.dtype
     if device == "reference":
         if wanted not in ("auto", "float32"):
             raise ConfigError(f"model.dtype = '{wanted}': the reference backend computes in float32 only.")
         return "float32"
     if device == "cuda":
-        return _cuda_dtype(wanted, stored)
+        return _cuda_dtype(wanted, stored, cc)
     if wanted == "float16":
         raise ConfigError("model.dtype = 'float16' is not computed on the CPU; use 'bfloat16' or 'float32'.")
     if wanted != "auto":
@@ -50,7 +51,11 @@ def computing_dtype(config: Config, device: str, stored: str = "") -> str:
     return "bfloat16" if has_fast_bfloat16() else "float32"
 
 
-def _cuda_dtype(wanted: str, stored: str) -> str:
+def _cuda_dtype(wanted: str, stored: str, cc: tuple[int, int]) -> str:
+    if cc < BFLOAT16_SINCE:
+        if wanted == "bfloat16":
+            raise ConfigError(f"model.dtype = 'bfloat16' needs compute capability 8.0, this card has {cc[0]}.{cc[1]}; use 'float16'.")
+        stored = "float16"
     if wanted == "float32":
         raise ConfigError("model.dtype = 'float32' is not computed on a card; use 'bfloat16' or 'float16', or engine.device = 'cpu'.")
     if wanted != "auto":

@@ -20,14 +20,15 @@ from config.schema import Config
 from engine.backend import Dense, Weight
 from engine.cache.layout import KVLayout
 from engine.cuda.all_reduce import one_shot_sum
+from engine.cuda.attention_portable import PortableAttention
 from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
 from engine.cuda.kv_store import RopeStore
 from engine.cuda.launch import Library, Variant
-from engine.cuda.linear import DTYPES, Linear, Linears
+from engine.cuda.linear import DTYPES, TENSOR_CORES, Linear, Linears
 from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention
 from engine.cuda.state import State
-from engine.cuda.step import Step
+from engine.cuda.step import NO_TILES, Step
 from engine.host import usable_cores
 from engine.models.layers import to_dense
 from engine.models.shard import Share, make_shard
@@ -88,14 +89,18 @@ class CudaBackend:
             library, self._heads, self._kv_heads, spec.head_dim, rope_dim, cache.cache_block_seq_len, dtype,
             qk_norm=spec.qk_norm, trained_length=spec.max_position if spec.use_logn_attn else 0,
         )  # fmt: skip
-        self._decode: dict[int, PagedDecode] = {}  # by window
+        self._portable: dict[int, PortableAttention] = {}  # all three by window
+        self._decode: dict[int, PagedDecode] = {}
         self._prefill: dict[int, PrefillAttention] = {}
         for window in sorted({spec.window(i) for i in range(spec.num_layers)}):
-            shape = (library, self._heads, self._kv_heads, spec.head_dim, cache.cache_block_seq_len, dtype)
-            decode = PagedDecode(*shape, knobs.max_batch_size, device.multiprocessors, device.cc, window=window)
+            shape = (library, self._heads, self._kv_heads, spec.head_dim, cache.cache_block_seq_len)
+            if device.cc < TENSOR_CORES:
+                self._portable[window] = PortableAttention(*shape, window=window)
+                continue
+            decode = PagedDecode(*shape, dtype, knobs.max_batch_size, device.multiprocessors, device.cc, window=window)
             decode.bind(torch.empty(decode.scratch_bytes, dtype=torch.uint8, device=device.torch_device))
             self._decode[window] = decode
-            self._prefill[window] = PrefillAttention(*shape, device.multiprocessors, device.cc, window=window)
+            self._prefill[window] = PrefillAttention(*shape, dtype, device.multiprocessors, device.cc, window=window)
         self._one_shot = ranks.one_shot = one_shot_sum(library, device.torch_device, ranks, self._dtype)
         kv_width = 2 * self._kv_heads * spec.head_dim
         self._out = {  # which buffer the products of a width go to
@@ -137,7 +142,7 @@ class CudaBackend:
         fixed: list[Any] = [self._embed, self._take, self._updates, self._rms_norm, self._add_rms_norm, self._silu_mul, self._rope_store]
         if self._one_shot is not None:
             fixed.append(self._one_shot)
-        return [*fixed, *self._decode.values(), *self._prefill.values(), self._linears]
+        return [*fixed, *self._portable.values(), *self._decode.values(), *self._prefill.values(), self._linears]
 
     def make_kv(self, layout: KVLayout, num_blocks: int) -> list[torch.Tensor]:
         """One view a layer of [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim]; the last block is for padding rows."""
@@ -153,6 +158,8 @@ class CudaBackend:
 
     def tiles(self, plan: StepPlan, num_decode: int) -> tuple[np.ndarray, int]:
         """(int32 [P, 4], tokens of the largest): the prompt parts of a plan, rows `num_decode` and on, for the attention kernel."""
+        if not self._prefill:
+            return NO_TILES, 0
         first, parts = num_decode, []
         for slot, start, count in zip(plan.slots[num_decode:], plan.starts[num_decode:], plan.counts[num_decode:], strict=True):
             parts.append((slot, first, count, start))
@@ -161,7 +168,7 @@ class CudaBackend:
         return tiles, int(tiles[:, TILE_TOKENS].max()) if len(tiles) else 0
 
     def most_tiles(self, tokens: int, rows: int) -> int:
-        return next(iter(self._prefill.values())).most_tiles(tokens, rows)
+        return next(iter(self._prefill.values())).most_tiles(tokens, rows) if self._prefill else 0
 
     def begin(self, batch: Step) -> Step:
         self._only_decode = batch.num_decode == batch.num_tokens
@@ -208,6 +215,9 @@ class CudaBackend:
     def attention(self, q: Array, step: Step, kv: torch.Tensor, window: int) -> Array:
         out = self._buffers.get("attended", len(q))
         tables = self._state.tables
+        if self._portable:
+            self._portable[window](q, kv, tables, step.token_slots, step.positions, out)
+            return out
         if step.num_decode:
             self._decode[window](q, kv, tables, out)
         if len(step.tiles):

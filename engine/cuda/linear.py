@@ -23,12 +23,14 @@ from engine.cuda.launch import Library, Variant
 from engine.cuda.tuning import dense_from
 from engine.cuda.w4_layout import W4Device
 from engine.cuda.w4_matmul import W4Matmul, W4Scratch
+from engine.cuda.w4_portable import W4Portable
 from engine.cuda.w4_repack import W4Repack
 from engine.errors import ModelError
 from engine.models.layers import to_dense
 from engine.plan_cuda import makes_dense_copy
 from engine.w4 import W4
 
+TENSOR_CORES = (8, 0)  # the oldest card of which the kernels use them; older ones take the portable kernels, in float16
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,7 +54,7 @@ class Linears:
         self._place = {"device": device.torch_device, "dtype": DTYPES[dtype]}
         self._most_packed = min(max_rows, max(dense_from(device.cc, resident) for resident in (True, False)))
         self._all: list[Linear] = []
-        self._products: dict[tuple[int, int, int, str, str], W4Matmul] = {}
+        self._products: dict[tuple[int, int, int, str, str], W4Matmul | W4Portable] = {}
         self._repacks: dict[tuple[int, str], W4Repack] = {}
         self._finite: list[torch.Tensor] = []  # of each upload: whether all its numbers are
         self._bad_scales = torch.zeros(1, dtype=torch.int32, device=device.torch_device)
@@ -93,6 +95,8 @@ class Linears:
         grouped = [part for part in parts if isinstance(part, W4 | AWQ)]
         if len(grouped) < len(parts) or len({(type(part), part.group_size) for part in grouped}) > 1:
             return None
+        if float32_out and self._device.cc < TENSOR_CORES:
+            return None
         first = grouped[0]
         n, k, group = sum(part.out_features for part in grouped), first.in_features, first.group_size
         form = "zero" if isinstance(first, AWQ) else "bias"
@@ -116,10 +120,12 @@ class Linears:
         """As it is, on the card."""
         return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self._device.torch_device, copy=True)
 
-    def _product(self, linear: Linear, out_dtype: str) -> W4Matmul:
+    def _product(self, linear: Linear, out_dtype: str) -> W4Matmul | W4Portable:
         assert linear.packed is not None
         key = (linear.n, linear.k, linear.packed.group, linear.packed.form, out_dtype)
-        if key not in self._products:
+        if key not in self._products and self._device.cc < TENSOR_CORES:
+            self._products[key] = W4Portable(self._library, *key[:4])
+        elif key not in self._products:
             self._products[key] = W4Matmul(
                 self._library, *key[:4], self._dtype, cc=self._device.cc, multiprocessors=self._device.multiprocessors,
                 max_m=self._most_packed, out_dtype=out_dtype,
@@ -134,7 +140,7 @@ class Linears:
             )
         self._finite.clear()
         packed = [linear for linear in self._all if linear.packed is not None]
-        products = list(self._products.values())
+        products = [product for product in self._products.values() if isinstance(product, W4Matmul)]
         self._scratch = W4Scratch.zeros(
             max((p.scratch_floats for p in products), default=0), max((p.scratch_counters for p in products), default=0),
             self._device.torch_device,
@@ -156,7 +162,11 @@ class Linears:
     def __call__(self, x: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
         """out [rows, N] = x [rows, K] W^T + b, all in the computing dtype."""
         if self._takes_packed(linear, len(x)):
-            self._product(linear, self._dtype)(x, linear.packed, out, self._scratch, linear.bias)
+            product = self._product(linear, self._dtype)
+            if isinstance(product, W4Portable):
+                product(x, linear.packed, out, linear.bias)
+            else:
+                product(x, linear.packed, out, self._scratch, linear.bias)
         elif linear.bias16 is None:
             torch.mm(x, self._dense(linear).T, out=out)
         else:

@@ -20,8 +20,9 @@ from engine.build import resolve_spec
 from engine.cache.layout import KVLayout
 from engine.cuda import tuning
 from engine.cuda.runner import CudaRunner
+from engine.errors import ConfigError
 from engine.executor import ThreadExecutor
-from engine.load_backend import resolved
+from engine.load_backend import computing_dtype, resolved
 from engine.loop import Engine
 from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec
@@ -55,12 +56,12 @@ def config_of(path: Path, root: Path, dtype: str = "bfloat16", **sections: dict[
     )
 
 
-def engine_of(config: Config) -> tuple[Engine, list[CudaRunner]]:
+def engine_of(config: Config, cc: tuple[int, int] = (9, 0)) -> tuple[Engine, list[CudaRunner]]:
     """An engine whose runner is a thread with an emulated card."""
     spec, made = resolve_spec(config), []
 
     def make() -> CudaRunner:
-        made.append(CudaRunner(config, spec, SESSION_LEN, Ranks(), EmulatedDevice()))
+        made.append(CudaRunner(config, spec, SESSION_LEN, Ranks(), EmulatedDevice(cc)))
         return made[0]
 
     return Engine(config, spec, SESSION_LEN, ThreadExecutor(make)), made
@@ -92,9 +93,11 @@ def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
 
 
-async def every_way(config: Config, prompts: list[list[int]], max_tokens: int = 6) -> tuple[list[list[int]], int]:
+async def every_way(
+    config: Config, prompts: list[list[int]], max_tokens: int = 6, cc: tuple[int, int] = (9, 0)
+) -> tuple[list[list[int]], int]:
     """Ids of all prompts together, alone with their prefixes cached, and the number of preemptions."""
-    engine, _ = engine_of(config)
+    engine, _ = engine_of(config, cc)
     await engine.start()
     try:
         together = await answers(engine, prompts, greedy(max_tokens), together=True)
@@ -185,3 +188,15 @@ def test_logprobs_of_prompt_and_answer_are_the_references(tmp_path: Path, root: 
         token = prompt[position] if position < 37 else int(logits.argmax())
         assert abs(found.logprob - logprobs[token]) < 0.1 and abs(found.rank - int((logits > logits[token]).sum())) <= 8
         assert np.abs(np.array(found.top_logprobs) - np.sort(logprobs)[::-1][:2]).max() < 0.1
+
+
+def test_a_card_without_tensor_cores_takes_the_portable_kernels(tmp_path: Path, root: Path, dense_from_few_rows: None) -> None:
+    model, _ = awq_checkpoint(tmp_path, "qwen2", hidden=128)
+    config = config_of(model, root, "auto", engine={"w4_dense_copy": "false"})
+    prompts = [PROMPTS[1], PROMPTS[3]]
+    ids, _ = asyncio.run(every_way(config, prompts, 4, (7, 5)))
+    reference = Reference(model, resolve_spec(config))
+    for prompt, answer in zip(prompts, ids, strict=True):
+        reference.check(prompt, answer)
+    with pytest.raises(ConfigError, match="bfloat16' needs compute capability 8.0, this card has 7.5"):
+        computing_dtype(config_of(model, root, "bfloat16"), "cuda", "float16", (7, 5))

@@ -1,8 +1,8 @@
 """Who computes what in the next step: persistent batch, split & fuse, preemption, priorities.
 
-`plan` hands out a budget of tokens, no phases: decoding sequences first, then prompt parts, then admissions by
-(priority, arrival). `apply` takes what a step sampled. Plan N+1 may leave before result N is applied, so an id may
-be *pending*: it exists, the runner knows it, we do not yet.
+`plan` hands out a budget of tokens, no phases: decoding sequences first, then prompt parts, then admissions by rank:
+(priority, QoS group, turn within it, arrival). `apply` takes what a step sampled. Plan N+1 may leave before result N is
+applied, so an id may be *pending*: it exists, the runner knows it, we do not yet.
 
 Order of effects in `plan`: blocks for sequences that crossed a boundary (preempting if need be), room for a waiting
 sequence of a better class, prompt parts, admissions, decode rows. In `apply`: full blocks become findable, blocks
@@ -21,6 +21,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable
 from functools import partial
 from itertools import count, repeat
+from operator import attrgetter
 from typing import NamedTuple
 
 from engine.cache.blocks import IntegrityError
@@ -30,12 +31,8 @@ from engine.sequence import FinishReason, SamplingParams, Sequence, Status
 from engine.step import BAD_LOGITS, MAX_SCORED, NOTHING_LEFT, Admit, StepPlan, StepResult, TokenEvent
 
 FINISHED, RUNNING = Status.FINISHED, Status.RUNNING
+_rank = attrgetter("rank")  # smaller goes first and is preempted last
 _token_event = partial(tuple.__new__, TokenEvent)  # from a tuple of its fields, without a Python frame
-
-
-def _rank(seq: Sequence) -> tuple[int, float, int]:
-    """Smaller goes first and is preempted last."""
-    return (seq.priority, seq.arrival_s, seq.id)
 
 
 class _Rows(NamedTuple):
@@ -175,6 +172,7 @@ class Scheduler:
             )
         seq.limit = limit
         own = () if seq.params.ignore_eos else seq.eos_token_ids
+        seq.rank = (seq.priority, seq.group, seq.turn, seq.arrival_s, seq.id)
         seq.stop_ids = frozenset(seq.params.stop_token_ids).union((BAD_LOGITS, NOTHING_LEFT), own)
         self.sequences[seq.id] = seq
         insort(self.waiting, seq, key=_rank)
@@ -191,7 +189,8 @@ class Scheduler:
         return TokenEvent(sequence_id, -1, None, reason)
 
     def expire(self, now: float) -> list[TokenEvent]:
-        """End sequences past their deadline, and those that waited `max_queue_age_s` without ever being scheduled."""
+        """End sequences past their deadline, those that waited `max_queue_age_s` without ever being scheduled, and leases."""
+        self.manager.leases.expire(now)
         events: list[TokenEvent] = []
         while self._alarms and self._alarms[0][0] <= now:
             _, sequence_id = heapq.heappop(self._alarms)
@@ -340,7 +339,7 @@ class Scheduler:
         if seq.num_unscored:
             num_new = self.manager.blocks_for(len(seq.token_ids))
             return Match([], num_new, num_new)
-        return self.manager.match(seq.token_ids, seq.salt)
+        return self.manager.match(seq.token_ids, seq.salt, seq.lease)
 
     def _needs(self, seq: Sequence, num_taken: int) -> int:
         """Blocks to admit it, and the one it needs right afterwards when its last block is full."""
@@ -383,13 +382,13 @@ class Scheduler:
     def _admit(self, admits: list[Admit], now: float) -> Sequence | None:
         """The first in line takes a slot and the blocks of all its ids, or nobody does (so nobody is overtaken)."""
         seq, manager = self.waiting[0], self.manager
-        if not self._free_slots or seq.num_pending:
+        if not self._free_slots or seq.num_pending or self._still_written(seq):
             return None
         room = manager.num_available - self._spare(seq)
         if seq is self._blocked[0] and self._blocked[1] > room:
             return None
         match = self._match(seq)
-        if self._soon_cached(seq, len(match.hits)):
+        if self._soon_cached(seq, match.num_cached // manager.block_seq_len):
             return None
         needs = self._needs(seq, match.num_taken)
         blocks = manager.reserve(match) if needs <= room else None
@@ -398,11 +397,15 @@ class Scheduler:
             return None
         self._blocked = (None, 0)
         del self.waiting[0]
-        self._enter(seq, blocks, len(match.hits) * manager.block_seq_len, now)
+        self._enter(seq, blocks, match.num_cached, now)
         eos = tuple(sorted(seq.eos_token_ids))
         seq.scoring = seq.num_unscored > 0
         admits.append(Admit(seq.slot, tuple(seq.token_ids), seq.num_prompt, tuple(blocks), _slot_params(seq), eos))
         return seq
+
+    def _still_written(self, seq: Sequence) -> bool:
+        """Whether a step in flight may write what its session's last turn left behind."""
+        return seq.lease is not None and bool(self._steps) and bool(seq.lease.table) and self._steps[0].number <= seq.lease.fence
 
     def _soon_cached(self, seq: Sequence, num_hits: int) -> bool:
         """Whether the block after its hits is being computed for another sequence (n > 1, a burst with one system prompt).
@@ -452,8 +455,12 @@ class Scheduler:
             self._new_blocks = [(slot, block) for slot, block in self._new_blocks if slot != seq.slot]
         self._releases.append(seq.slot)
         heapq.heappush(self._free_slots, seq.slot)
-        self.manager.release(seq.blocks, self._next_step - 1 if self._steps else None)
+        self.manager.release(seq.blocks, self._fence)
         seq.slot, seq.blocks = -1, []
+
+    @property
+    def _fence(self) -> int | None:
+        return self._next_step - 1 if self._steps else None
 
     def _may_grow(self, seq: Sequence) -> bool:
         return len(seq.blocks) * self.manager.block_seq_len < seq.limit - 1
@@ -510,12 +517,16 @@ class Scheduler:
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
         if seq.status is RUNNING:
+            if seq.lease is not None and reason is not FinishReason.ERROR:
+                self.manager.keep(seq.lease, seq.blocks, seq.token_ids, seq.num_computed, seq.salt, self._fence)
             self._leave(seq)
         else:
-            del self.waiting[bisect_left(self.waiting, _rank(seq), key=_rank)]
+            del self.waiting[bisect_left(self.waiting, seq.rank, key=_rank)]
         seq.move(FINISHED)
         seq.finish_reason = reason
         del self.sequences[seq.id]
+        if seq.lease is not None:
+            self.manager.leases.close(seq.lease)
         if seq.num_generated == 0:
             self._newcomers.pop(seq.id, None)
         if reason is FinishReason.ERROR:

@@ -8,8 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from engine.errors import BadParameter, InvalidMove
+
+if TYPE_CHECKING:
+    from engine.cache.sessions import Lease
 
 
 class Status(IntEnum):
@@ -162,9 +166,12 @@ class Sequence:
     params: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
     priority: int = 0  # smaller goes first
+    group: int = 0  # QoS (qos.py): among equal priorities smaller goes first; never preempts
+    turn: float = 0.0  # QoS: the same within a group
     arrival_s: float = 0.0  # monotonic
     deadline_s: float = math.inf  # monotonic; past it the sequence is aborted wherever it is
     salt: bytes = b""  # part of the first block's hash: equal salts may share cached prefixes
+    lease: Lease | None = None  # of its session: where its table comes from and goes to
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     slot: int = -1  # row of the persistent batch while RUNNING
@@ -177,6 +184,7 @@ class Sequence:
     first_token_s: float = -1.0
     prompt_logprobs: list[object] = field(default_factory=list)  # `Logprobs` of prompt ids 1, 2, ... as steps bring them
     # the scheduler's own, set by `Scheduler.add` and kept by it
+    rank: tuple[int, int, float, float, int] = (0, 0, 0.0, 0.0, 0)  # smaller goes first
     limit: int = 0  # num_tokens at which it ends for its length
     stop_ids: frozenset[int] = frozenset()  # sampled ids that may end it, BAD_LOGITS among them
     scoring: bool = False  # its slot brings prompt logprobs

@@ -30,7 +30,7 @@ def states(manager: CacheManager) -> list[BlockState]:
 
 def test_the_three_states() -> None:
     evicted = []
-    pool = BlockPool(2, lambda block: evicted.append(block.id))
+    pool = BlockPool(2, lambda block: evicted.append(block.id), lambda: None)
     block = pool.take()
     assert (block.id, block.state, pool.num_free, pool.num_active, pool.num_cached) == (0, BlockState.ACTIVE, 1, 1, 0)
     pool.share(block)
@@ -48,7 +48,7 @@ def test_the_three_states() -> None:
 
 
 def test_misuse_of_a_block_raises() -> None:
-    pool = BlockPool(1, lambda block: None)
+    pool = BlockPool(1, lambda block: None, lambda: None)
     with pytest.raises(IntegrityError, match="block 0 is FREE and cannot be shared"):
         pool.share(pool.blocks[0])
     with pytest.raises(IntegrityError, match="nobody holds it"):
@@ -56,7 +56,7 @@ def test_misuse_of_a_block_raises() -> None:
 
 
 def test_least_recently_used_goes_first() -> None:
-    pool = BlockPool(3, lambda block: None)
+    pool = BlockPool(3, lambda block: None, lambda: None)
     blocks = [pool.take() for _ in range(3)]
     for block in blocks:
         pool.drop(block, keep=True)
@@ -123,8 +123,8 @@ def test_a_full_hit_leaves_one_id_to_compute() -> None:
     manager = CacheManager(8, 2)
     manager.release(fill(manager, [1, 2, 3, 4]), None)
     assert manager.num_cached == 2
-    assert manager.match([1, 2, 3, 4]) == Match([0], 1, 2)
-    assert manager.match([1, 2, 3, 4, 5]) == Match([0, 1], 1, 3)
+    assert manager.match([1, 2, 3, 4]) == Match([0], 1, 2, 2)
+    assert manager.match([1, 2, 3, 4, 5]) == Match([0, 1], 1, 3, 4)
     assert manager.match([1, 2]) == Match([], 1, 1)
     assert manager.match([1, 2, 3, 4], b"other") == Match([], 2, 2)
 
@@ -364,7 +364,7 @@ def test_integrity_of_tables() -> None:
         manager.check_integrity([[0, 0]])
     with pytest.raises(IntegrityError, match="block 0 is ACTIVE but should be FREE"):
         manager.check_integrity([])
-    with pytest.raises(IntegrityError, match="block 1 is written while 1 hold it or the index knows it"):
+    with pytest.raises(IntegrityError, match="block 1 is written while 1 hold it, a lease pins it or the index knows it"):
         manager.check_writable(table, 1)
     manager.check_writable(table, 2)
     assert set(states(manager)) == {BlockState.ACTIVE, BlockState.FREE}

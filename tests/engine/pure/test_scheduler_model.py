@@ -9,8 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from engine.cache.sessions import LeaseLimits
 from engine.errors import EngineError
-from engine.sequence import FinishReason, Status
+from engine.sequence import FinishReason, Sequence, Status
 from engine.step import StepResult
 from tests.engine.pure.world import World
 
@@ -24,12 +25,14 @@ class SchedulerModel(RuleBasedStateMachine):
         session_len=st.sampled_from((9, 1 << 20)),
         caching=st.sampled_from((True, True, True, False)),
         encode=st.booleans(),
+        limits=st.sampled_from((LeaseLimits(3, 30.0, 1.0), LeaseLimits(3, 30.0, 1.0), LeaseLimits(2, 5.0, 0.5))),
     )
-    def start(self, num_blocks: int, size: int, batch: int, budget: int, session_len: int, caching: bool, encode: bool) -> None:
+    def start(self, num_blocks, size, batch, budget, session_len, caching, encode, limits) -> None:  # type: ignore[no-untyped-def]
         self.world = World(
             num_blocks, size, encode=encode, max_batch_size=batch, max_step_tokens=budget, session_len=session_len,
-            caching=caching, max_queue_age_s=60.0,
+            caching=caching, max_queue_age_s=60.0, limits=limits,
         )  # fmt: skip
+        self.last: dict[str, Sequence] = {}  # of each session
         self.capacity = min(num_blocks * size, session_len - 1)
 
     @rule(
@@ -53,6 +56,29 @@ class SchedulerModel(RuleBasedStateMachine):
                 bad_at=-1 if bad < 0 else len(prompt) + bad, stop_token_ids=data.draw(st.sampled_from(((), (4,)))),
                 deadline_s=self.world.now + patience,
             )  # fmt: skip
+
+    @rule(
+        data=st.data(),
+        session=st.sampled_from(("a", "b", "c", "d")),
+        words=st.lists(st.integers(0, 1), min_size=1, max_size=3),
+        drop=st.sampled_from((0, 0, 0, 1, 3)),
+        salt=st.sampled_from((b"", b"", b"", b"a")),
+        bad=st.sampled_from((False, False, False, False, True)),
+    )
+    def turn_of_a_session(self, data, session, words, drop, salt, bad) -> None:  # type: ignore[no-untyped-def]
+        """The history goes on, or (drop) branches off before its end; two turns of a session may run at a time."""
+        history = self.last[session].token_ids if session in self.last else []
+        prompt = (history[: max(0, len(history) - drop)] + words)[: self.capacity]
+        most = data.draw(st.integers(1, self.capacity + 1 - len(prompt)))
+        bad_at = len(prompt) + 1 if bad else -1
+        eos = data.draw(st.sampled_from(((), (0,))))
+        self.last[session] = self.world.add(prompt, session=session, salt=salt, max_tokens=min(most, 6), eos=eos, bad_at=bad_at)
+
+    @rule(session=st.sampled_from(("a", "b", "c")))
+    def end_session(self, session: str) -> None:
+        known = self.world.manager.leases.get(session) is not None
+        assert self.world.manager.leases.end(session) == known
+        assert not self.world.manager.leases.end(session)
 
     @precondition(lambda self: len(self.world.in_flight) < 2)
     @rule()
@@ -147,7 +173,7 @@ def test_five_hundred_random_steps(seed: int) -> None:
             prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, capacity))]
             most = rng.randint(1, capacity + 1 - len(prompt))
             world.add(prompt, max_tokens=most, seed=rng.randint(0, 1), priority=rng.choice((0, 0, 0, 1)), salt=rng.choice((b"", b"", b"a")),
-                      eos=(0,) if rng.random() < 0.2 else (), bad_at=len(prompt) + 1 if rng.random() < 0.05 else -1)  # fmt: skip
+                      session=rng.choice(("", "a", "b")), group=rng.choice((0, 0, 1)), turn=float(rng.randint(0, 2)), eos=(0,) if rng.random() < 0.2 else (), bad_at=len(prompt) + 1 if rng.random() < 0.05 else -1)  # fmt: skip
         if rng.random() < 0.05:
             world.abort(rng.choice(list(world.scheduler.sequences)))
         if rng.random() < 0.02:

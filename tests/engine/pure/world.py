@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 
 from engine.cache.manager import CacheManager, Match
 from engine.cache.prefix import sha256
+from engine.cache.sessions import LeaseLimits
 from engine.scheduler import Scheduler
 from engine.sequence import FinishReason, SamplingParams, Sequence
 from engine.step import BAD_LOGITS, Admit, StepPlan, StepResult, TokenEvent
 
 VOCAB = 5
+ALL_PINNED = LeaseLimits(max_pool_share=1.0, lease_s=1e6)
 
 
 def fold(digest: bytes, token_id: int) -> bytes:
@@ -135,8 +137,10 @@ class FlakyManager(CacheManager):
 class World:
     """Scheduler, runner, the steps between them (at most two in flight), and everything that was streamed."""
 
-    def __init__(self, num_blocks: int = 8, block_seq_len: int = 2, *, depth: int = 2, encode: bool = False, **knobs: int | float) -> None:
-        self.manager = FlakyManager(num_blocks, block_seq_len, enable_prefix_caching=bool(knobs.pop("caching", True)))
+    def __init__(self, num_blocks: int = 8, block_seq_len: int = 2, *, depth: int = 2, encode: bool = False,
+                 limits: LeaseLimits | None = None, **knobs: int | float) -> None:  # fmt: skip
+        caching = bool(knobs.pop("caching", True))
+        self.manager = FlakyManager(num_blocks, block_seq_len, enable_prefix_caching=caching, limits=limits or ALL_PINNED)
         settings = {"max_batch_size": 4, "max_step_tokens": 8, "session_len": 1 << 20} | knobs
         self.scheduler = Scheduler(self.manager, **settings)  # type: ignore[arg-type]
         self.session_len = int(settings["session_len"])
@@ -151,11 +155,14 @@ class World:
         self.plans: list[StepPlan] = []
 
     def add(self, prompt: list[int], *, bad_at: int = -1, eos: tuple[int, ...] = (), priority: int = 0, salt: bytes = b"",
-            deadline_s: float = float("inf"), **params: int | bool | tuple[int, ...]) -> Sequence:  # fmt: skip
+            deadline_s: float = float("inf"), session: str = "", group: int = 0, turn: float = 0.0,
+            **params: int | bool | tuple[int, ...]) -> Sequence:  # fmt: skip
         number = len(self.sequences)
         seq = Sequence(number, list(prompt), len(prompt), SamplingParams(**({"max_tokens": 4} | params)), frozenset(eos),  # type: ignore[arg-type]
-                       priority=priority, arrival_s=self.now, deadline_s=deadline_s, salt=salt)  # fmt: skip
+                       priority=priority, arrival_s=self.now, deadline_s=deadline_s, salt=salt, group=group, turn=turn)  # fmt: skip
         self.scheduler.add(seq)
+        if session:
+            seq.lease = self.manager.leases.open(session, salt, self.now)
         self.sequences[number], self.events[number], self.bad_at[number] = seq, [], bad_at
         return seq
 
@@ -231,5 +238,6 @@ class World:
         """Nothing runs: every block FREE or CACHED, and after a reset all FREE."""
         assert self.manager.num_active == 0
         self.manager.reset_cache()
+        assert len(self.manager.leases) == self.manager.num_pinned == 0
         self.scheduler.check_integrity()
         assert self.manager.num_free == self.manager.num_blocks

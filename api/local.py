@@ -20,6 +20,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mappi
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
+import uvloop
+
 from api.access import Caller
 from api.chat import chat_fields, render_messages
 from api.completions import completion_fields
@@ -49,7 +51,7 @@ class LocalModel:
         self.config = config
         self.service: Service
         self._loaded: Loaded | None = None
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="numbatch", daemon=True)
         self._thread.start()
         self._closed = False

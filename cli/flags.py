@@ -18,7 +18,7 @@ from cli.arguments import Parser, UsageError
 from config.checks import is_loopback
 from config.errors import ConfigError
 from config.given import QUANT_POLICIES, checkpoint_format
-from config.load import KNOBS, LoadedConfig, load_config, toml_value
+from config.load import KNOBS, LoadedConfig, all_knobs, load_config, toml_value
 
 LOG_LEVELS = {"FATAL": "CRITICAL", "WARN": "WARNING", "NOTSET": "DEBUG"}  # LMDeploy's names that are others' twins
 LATER = "in a later version; leave it out."
@@ -60,6 +60,11 @@ class Flag:
     choices: tuple[str, ...] = ()
 
 
+def _home(name: str, section: str) -> str:
+    """section.key of a knob that another part of the program places; in `section` until it is there."""
+    return next((knob.key for knob in all_knobs() if knob.name == name), f"{section}.{name}")
+
+
 MODEL, ENGINE, CACHE, SERVER, ACCESS, LIMITS = "model", "engine", "cache", "server", "access", "limits"
 FLAGS: tuple[Flag, ...] = (
     Flag("--model-name", "model.model_name", MODEL, "name in /v1/models and in answers", metavar="NAME"),
@@ -96,7 +101,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("--allow-methods", "server.allow_methods", ACCESS, "CORS: methods", "values", "METHOD"),
     Flag("--allow-headers", "server.allow_headers", ACCESS, "CORS: request headers", "values", "HEADER"),
     Flag("--max-requests", "admission.max_requests", LIMITS, "sequences that wait or run; one more is refused", metavar="N"),
-    Flag("--qos-config-path", "admission.qos_config_path", LIMITS, "JSON file with user groups and quotas", metavar="FILE"),
+    Flag("--qos-config-path", _home("qos_config_path", "admission"), LIMITS, "JSON file with user groups and quotas", metavar="FILE"),
 )  # fmt: skip
 BY_NAME = {flag.name: flag for flag in FLAGS}
 

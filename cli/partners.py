@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Self
 
+from cli.arguments import say
+
 if TYPE_CHECKING:
     from api.remote import APIClient
     from numbatch import Pipeline
@@ -89,7 +91,10 @@ class InSession:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.forget()
+        try:
+            self.forget()
+        except (ValueError, RuntimeError, ConnectionError) as error:  # the server forgets by itself, later
+            say(f"session {self._id} was not ended: {error}")
 
     def reply(self, text: str) -> Iterator[str]:
         prompt: Any = text

@@ -186,3 +186,17 @@ def test_a_real_model_in_a_terminal(smollm2: Path) -> None:
         terminal.until(PROMPT)
         terminal.type("exit\r\r")
         assert terminal.ends() == 0
+
+
+def test_a_session_whose_server_is_gone_ends_quietly(capsys: pytest.CaptureFixture[str]) -> None:
+    from api.remote import APIClient
+    from cli.chat import parser
+    from cli.partners import InSession
+
+    with serving(mock_config()) as server, APIClient(server.url) as client:
+        with InSession(client, parser().parse_args(["--url", server.url, "--max-tokens", "4"]), 5) as partner:
+            assert "".join(partner.reply("hello"))
+            server.call(server.listener.stop_accepting)
+            client._http.close()
+            client._http = APIClient("http://127.0.0.1:9")._http
+    assert "session 5 was not ended: Nobody answers" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,21 @@ def test_ssl_takes_its_files_from_the_environment(
     config, _ = effective(capsys, "--device", "mock", "--ssl")
     assert config["server"]["ssl_keyfile"] == str(tmp_path / "SSL_KEYFILE")
     assert config["server"]["ssl_certfile"] == str(tmp_path / "SSL_CERTFILE")
+
+
+def test_qos_is_a_knob_or_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flag = next(flag for flag in FLAGS if flag.name == "--qos-config-path")
+    file = tmp_path / "qos.json"
+    groups = {name: [{"id": "default", "quota_pct": 100}] for name in ("Platinum", "Gold", "Silver", "Bronze")}
+    file.write_text(json.dumps({"enable_user_qos": True, "user_groups": list(groups), "user_group_map": groups}))
+    if known(flag):
+        config, _ = effective(capsys, "--device", "mock", "--qos-config-path", str(file))
+        section, _, name = flag.key.partition(".")
+        assert config[section][name] == str(file)
+    else:
+        with pytest.raises(SystemExit):
+            main(["serve", "api_server", "--qos-config-path", str(file), "--check"])
+        assert "this version has no" in capsys.readouterr().err
 
 
 def template(config: dict[str, Any]) -> str:

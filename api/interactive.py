@@ -110,42 +110,67 @@ class Turn:
         self._key = request[CALLER].key
 
     async def run(self, served: Served, started_s: float) -> web.StreamResponse:
-        service, request, values = self._service, self._request, self._values
-        history = self._session.num_tokens
+        service, request = self._service, self._request
         wanted = self._wanted()
-        conversation = self._session.messages + values["prompt"]
+        conversation = self._session.messages + self._values["prompt"]
         if self._id > 0:
             self._session = service.sessions.begin(self._key, self._id)
-        text, num_tokens = "", history
-        keep = False
+        answer: Answer | None = None
+        text = ""
         try:
-            prompt = await render_messages(service, served, conversation, param="prompt")
-            frames = LineFrames(max(0, len(prompt) - history), min(history, len(prompt)))
+            prompt = await self._prompt(served, conversation)
+            known = min(self._session.num_tokens, len(prompt))
+            frames = LineFrames(len(prompt) - known, known)
             answer = service.submit(
                 [prompt], wanted, request[CALLER], default_tokens=DEFAULT_TOKENS, param="prompt", started_s=started_s, chat=True,
                 names=(request[REQUEST_ID], session_name(self._id) if self._id > 0 else ""),
             )  # fmt: skip
             try:
                 if wanted.stream:
-                    response = await stream_answer(request, answer, frames.of(answer), service.config.http)
-                else:
-                    response = json_response(await frames.of(answer).fold(answer))
+                    return await stream_answer(request, answer, frames.of(answer), service.config.http)
+                return json_response(await frames.of(answer).fold(answer))
             finally:
                 request[NOTE] = service.finished(answer)
-                keep, text = True, frames.text
-                num_tokens = len(prompt) + answer.usage.completion_tokens
-            return response
+                text = frames.text
         finally:
-            self._remember([*conversation, {"role": "assistant", "content": text}] if keep else None, num_tokens)
+            self._remember([*conversation, {"role": "assistant", "content": text}], answer)
 
-    def _remember(self, conversation: list[dict[str, str]] | None, num_tokens: int) -> None:
+    async def _prompt(self, served: Served, conversation: list[dict[str, str]]) -> list[int]:
+        """The ids of the last turn and what the new one adds to them; the whole conversation where that cannot be told apart."""
+        service, ids = self._service, self._session.ids
+        if served.template is None:  # a model that was never taught to chat goes on with the text
+            text = "".join(message["content"] for message in self._values["prompt"])
+            return ids + await service.encode(text, "prompt", add_special=not ids)
+        whole = await render_messages(service, served, conversation, param="prompt")
+        if not ids:
+            return whole
+        try:
+            before = await render_messages(
+                service, served, self._session.messages, add_generation_prompt=False, continue_final_message=True, param="prompt"
+            )
+        except ApiError:  # the last answer was empty, or the template writes it in its own way
+            return whole
+        if whole[: len(before)] != before:
+            return whole
+        ends = served.tokenizer.eos_ids | served.template.stop_ids | frozenset(served.engine.spec.eos_token_ids)
+        kept = len(ids)
+        while kept and ids[kept - 1] in ends:  # the template writes the end of a turn itself
+            kept -= 1
+        return ids[:kept] + whole[len(before) :]
+
+    def _remember(self, conversation: list[dict[str, str]], answer: Answer | None) -> None:
         """A turn that never began leaves the session as it was; one that broke off is remembered as far as it came."""
         if self._id < 0:
             return
+        sessions = self._service.sessions
         if not self._values["interactive_mode"]:
-            self._service.sessions.end(self._key, self._id)
+            sessions.end(self._key, self._id)
+        elif answer is None:
+            sessions.leave(self._key, self._id)
         else:
-            self._service.sessions.finish(self._session, self._session.messages if conversation is None else conversation, num_tokens)
+            choice = answer.choices[0]
+            ids = choice.generation.sequence.token_ids
+            sessions.finish(self._session, conversation, list(ids), exact=not choice.matched_stop)
 
     def _wanted(self) -> Wanted:
         names = (

@@ -1,7 +1,8 @@
 """Who said what in each session of /v1/chat/interactive: one small class between the protocol and whatever keeps sessions.
 
-Here a session is its messages; each turn is rendered whole and the prefix cache finds what was computed before. Bounded:
-the session that was idle longest makes room for a new one. Knows no HTTP.
+Here a session is its messages and the ids of its last turn, of which the next prompt is the continuation, so that the
+prefix cache finds what was computed before. Bounded: the session that was idle longest makes room for a new one. Knows
+no HTTP.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ MAX_CHARS = 64 << 20  # of all sessions together
 @dataclass(slots=True)
 class Session:
     messages: list[dict[str, str]] = field(default_factory=list)
-    num_tokens: int = 0  # prompt and answer of the last turn
+    ids: list[int] = field(default_factory=list)  # prompt and answer of the last turn; [] where they are not its text
+    num_tokens: int = 0  # how many there were
     busy: bool = False
     used_s: float = 0.0  # monotonic
 
     @property
     def size(self) -> int:
-        return sum(len(message["content"]) for message in self.messages)
+        return len(self.ids) + sum(len(message["content"]) for message in self.messages)
 
 
 class SessionHistory:
@@ -47,9 +49,18 @@ class SessionHistory:
         self._make_room()
         return session
 
-    def finish(self, session: Session, messages: list[dict[str, str]], num_tokens: int) -> None:
-        """A turn is over: what the conversation is from now on."""
-        session.messages, session.num_tokens, session.busy = messages, num_tokens, False
+    def leave(self, key: str, session_id: int) -> None:
+        """A turn that never began: the session is as it was, and gone if it was new."""
+        session = self._sessions.get((key, session_id))
+        if session is not None:
+            session.busy = False
+            if not session.messages:
+                self.end(key, session_id)
+
+    def finish(self, session: Session, messages: list[dict[str, str]], ids: list[int], exact: bool = True) -> None:
+        """A turn is over: what the conversation is from now on. `exact`: the ids are the text of the messages."""
+        session.messages, session.num_tokens, session.busy = messages, len(ids), False
+        session.ids = ids if exact else []
         self._make_room()
 
     def end(self, key: str, session_id: int) -> bool:

@@ -152,6 +152,29 @@ def test_a_session_is_the_conversation(server: Running) -> None:
     assert len(server.service.sessions) == 0
 
 
+def test_turns_compute_only_what_is_new(server: Running) -> None:
+    """The prompt of a turn begins with every id of the last one, so all whole blocks of it are found in the cache."""
+    messages: list[dict[str, str]] = []
+    known = 0
+    for number in range(14):
+        asked = f"turn {number}"
+        answer = turn(server, asked, session_id=77, interactive_mode=True, request_output_len=5, seed=number)
+        messages += [{"role": "user", "content": asked}]
+        stateless = server.post("/tokenize", {"messages": messages})[1]["tokens"]
+        assert (answer["history_tokens"], answer["input_tokens"]) == (known, len(stateless) - known)
+        ids = server.service.sessions.get("", 77).ids  # type: ignore[union-attr]
+        assert ids[:-5] == stateless and len(stateless) - known < 30  # the words of this turn and the marks around them
+        messages += [{"role": "assistant", "content": answer["text"]}]
+        known = len(ids)
+    status, body = server.post(
+        TURN, {"prompt": "x" * 600, "session_id": 77, "interactive_mode": True}
+    )  # too long: the session stays as it was
+    assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+    assert turn(server, "y", session_id=77, interactive_mode=True, request_output_len=1)["history_tokens"] == known
+    turn(server, "", request_output_len=0, session_id=77)
+    assert server.post(TURN, {"prompt": "x" * 600, "session_id": 78, "interactive_mode": True})[0] == 400  # it never began
+
+
 def test_turns_without_a_session(server: Running) -> None:
     assert turn(server, "hi")["history_tokens"] == 0
     assert turn(server, [{"role": "user", "content": "hi"}])["text"] == turn(server, "hi")["text"]
@@ -197,9 +220,9 @@ def test_sessions_make_room_but_never_a_busy_one() -> None:
     history = SessionHistory(most=2, max_chars=100)
     busy = history.begin("", 1)
     for number in (2, 3, 4):
-        history.finish(history.begin("", number), [{"role": "user", "content": "x" * 10}], 10)
+        history.finish(history.begin("", number), [{"role": "user", "content": "x" * 10}], [1] * 10)
     assert history.get("", 1) is busy and history.get("", 4) is not None and len(history) == 2
-    history.finish(history.begin("", 5), [{"role": "user", "content": "x" * 101}], 10)
+    history.finish(history.begin("", 5), [{"role": "user", "content": "x" * 101}], [1] * 10)
     assert history.get("", 5) is None and history.get("", 1) is busy
     assert history.end("", 1) and not history.end("", 1) and history.get("other", 4) is None
 

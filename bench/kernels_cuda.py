@@ -323,7 +323,10 @@ class CudaBench:
                 with sdpa_kernel(backend):
                     scaled_dot_product_attention(query, k, v, is_causal=True, enable_gqa=True)
 
-            self.part(f"torch {name} {case}", lambda name=name, run=run: void(self.measure(f"torch {name}", case, [run], flop=flop)))
+            try:
+                self.measure(f"torch {name}", case, [run], flop=flop)
+            except RuntimeError as error:  # a peer that does not run here is no failure of ours
+                print(f"torch {name} {case}: not measured: {str(error).splitlines()[0]}", flush=True)
 
     # -- between the products ---------------------------------------------------------------------------------------------
 
@@ -475,7 +478,3 @@ class Product:
         rows = sorted({*range(min(CHECKED_ROWS, len(x))), len(x) - 1})
         true = reference.linear(x[rows].float().cpu().numpy(), self.true_weight)
         return relative_error(out[rows][:, self.columns], true)
-
-
-def void(_: object) -> None:
-    """A value that nobody wants."""

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("numba_cuda")
 
 from bench import compile_only, kernels
-from bench.gpu_time import MOST_COPIES, WallTimer, copies, relative_error
+from bench.gpu_time import MOST_COPIES, GraphTimer, WallTimer, copies, relative_error
 from bench.kernels_cuda import TOYS, CudaBench, Shapes
 from engine.cuda import ceilings
 from engine.cuda.launch import Library, Variant
@@ -118,3 +118,42 @@ def test_the_cpu_operations_are_measured(capsys: pytest.CaptureFixture[str], mon
     out = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert {row["op"] for row in out["rows"]} == {"norm", "silu_mul", "embed", "rope_store", "attention"}
     assert all(row["us"] > 0 and (row["error"] is None or row["error"] < 2e-2) for row in out["rows"]) and out["read_gb_s"] > 0
+
+
+def test_a_graph_holds_as_many_calls_as_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a made-up clock: a call takes 10 us, a replay 5 us more."""
+    clock, graphs = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return (end.at - self.at) * 1e3
+
+    class Device:
+        synchronize = staticmethod(lambda: None)
+        graph_pool = staticmethod(lambda: "pool")
+
+        @staticmethod
+        def capture(work, pool):  # type: ignore[no-untyped-def]
+            before = len(calls)
+            work()
+            graphs.append(len(calls) - before)
+
+            def replay(number: int = graphs[-1]) -> None:
+                clock[0] += 5e-6 + 10e-6 * number
+
+            return None, replay
+
+    calls: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    seconds = GraphTimer(Device(), 5).seconds([lambda i=i: calls.append(i) for i in range(4)])
+    assert graphs == [4, 4 * round(1e-3 / 45e-6)] and seconds == pytest.approx(10e-6 + 5e-6 / graphs[1])
+    assert calls[:8] == [0, 1, 2, 3, 0, 1, 2, 3]

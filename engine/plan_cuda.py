@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from config.schema import Config
 from engine.models.shard import Share
 from engine.models.spec import ModelSpec
+from engine.step import MAX_SCORED
 from engine.w4 import cuda_w4_bytes
 from engine.weight_files import Stored
 
@@ -22,6 +23,7 @@ PART = {"qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp"}
 # Estimates, until they are measured on a card: context, cuBLAS and kernel images; the decode graphs, which share a pool.
 CONTEXT_BYTES = 640 * MIB
 GRAPHS_BYTES = 128 * MIB
+INPUTS_PER_TOKEN = 5  # int32: its slot, its position, and room for a step's rows, updates and attention tiles
 SPLIT_ROWS = 64  # most rows of a product whose input channels are split over thread blocks
 SPLITS = 8  # most parts they are split into
 SECTIONS = 64  # most sections of a context in decode attention
@@ -95,7 +97,6 @@ def activation_widths(spec: ModelSpec, share: Share) -> dict[str, int]:
         "residual": spec.hidden_size,
         "normed": spec.hidden_size,
         "qkv": q + 2 * kv,
-        "q": q,
         "attended": q,
         "gate_up": 2 * share.intermediate,
         "gated": share.intermediate,
@@ -137,13 +138,14 @@ def workspace(config: Config, spec: ModelSpec, share: Share, length: int, scratc
     slots, tokens = knobs.max_batch_size, max(knobs.max_prefill_token_num, knobs.max_batch_size)
     rotary = spec.rope.rotary_dim or spec.head_dim
     return {
-        "activations": 2 * tokens * sum(activation_widths(spec, share).values()),
-        "logits": 4 * slots * spec.vocab_size * (2 if knobs.tp > 1 else 1),
+        "activations": 2 * tokens * sum(activation_widths(spec, share).values()) + 2 * (slots + MAX_SCORED) * spec.hidden_size,
+        "logits": 4 * (slots + MAX_SCORED) * spec.vocab_size * (2 if knobs.tp > 1 else 1),
         "dequantized matrix": scratch_bytes,
         "split products": split_bytes(spec, share),
         "split attention": attention_bytes(spec, share),
         "sampling": sampling_bytes(slots, spec.vocab_size),
         "batch tables": state_bytes(slots, length, config.cache.cache_block_seq_len),
+        "inputs of a step": 4 * INPUTS_PER_TOKEN * tokens,
         "rope tables": 4 * (length + 1) * rotary,
         "CUDA context": CONTEXT_BYTES,
         "CUDA graphs": GRAPHS_BYTES,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from config.schema import Config
 from engine.batch import Slots
@@ -27,6 +28,7 @@ from engine.loop import Engine
 from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec
 from engine.parallel import Ranks
+from engine.plan import plan_memory
 from engine.reference import ReferenceBackend
 from engine.sequence import SamplingParams
 from engine.step import Admit, Logprobs, StepPlan
@@ -200,3 +202,44 @@ def test_a_card_without_tensor_cores_takes_the_portable_kernels(tmp_path: Path, 
         reference.check(prompt, answer)
     with pytest.raises(ConfigError, match="bfloat16' needs compute capability 8.0, this card has 7.5"):
         computing_dtype(config_of(model, root, "bfloat16"), "cuda", "float16", (7, 5))
+
+
+def bytes_of(*roots: Any, without: tuple[Any, ...] = ()) -> int:
+    """Of all distinct tensors that can be reached from these objects; what only `without` holds does not count."""
+    storages: dict[int, int] = {}
+    seen, left = {id(o) for o in without}, list(roots)
+    while left:
+        item = left.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict):
+            left += item.values()
+        elif isinstance(item, list | tuple):
+            left += item
+        elif type(item).__module__.startswith("engine."):
+            left += [
+                getattr(item, name)
+                for name in {*getattr(item, "__dict__", {}), *getattr(type(item), "__slots__", ())}
+                if hasattr(item, name)
+            ]
+    return sum(storages.values())
+
+
+def test_the_memory_plan_is_what_the_runner_holds(tmp_path: Path, root: Path) -> None:
+    model, _ = awq_checkpoint(tmp_path, "qwen2", hidden=128)
+    config = config_of(model, root, "float16", engine={"w4_dense_copy": "true", "device_memory_gib": 2, "max_prefill_token_num": 64})
+    spec = resolve_spec(config)
+    plan = plan_memory(config, spec, model, 2 << 30)
+    runner = CudaRunner(config, spec, SESSION_LEN, Ranks(), EmulatedDevice())
+    assert plan.num_blocks == runner.num_blocks == 24
+    backend = runner._backend
+    # these two depend on the card's multiprocessors; their formulas have tests of their own
+    split = (*(decode._scratch for decode in backend._decode.values()), backend._linears._scratch)
+    pinned = (runner._staged, runner._sampler._host_ids)
+    held = bytes_of(runner, without=(*split, *pinned))
+    elsewhere = ("CUDA context", "CUDA graphs", "split products", "split attention")
+    planned = plan.weight_bytes + plan.kv_bytes + plan.block_bytes + sum(v for k, v in plan.workspace.items() if k not in elsewhere)
+    assert abs(held - planned) < 0.03 * planned, (held, planned, plan.weights, plan.workspace)

@@ -397,7 +397,9 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
             it = i32(it + i32(1))
 
     arguments = (HALVES, WORDS, WORDS, FLOATS, FLOATS if wide_out else HALVES, FLOATS, WORDS, u32, u32, u32, u32, u32)
-    return Kernel(kernel, arguments, threads, shared_map.total)
+    # registers for so many threads at a time: 80 each where 768, 128 where 512, all 255 where 256
+    resident = 256 if rows > 16 or tiles > 2 else 768 if rows == 1 else 512
+    return Kernel(kernel, arguments, threads, shared_map.total, min_blocks=max(1, resident // threads))
 
 
 # -- launcher ---------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from engine.errors import EngineError
 from engine.host import free_bytes, usable_cores
 
 INSTALL_CUDA = "Install numbatch with its cuda extra: pip install 'numbatch[cuda]'."
-OLDEST_CARD = (7, 0)
+OLDEST_CARD = (7, 5)
 OLDEST_PYTHON = (3, 11)
 LEAST_HOST_BYTES = 1 << 30
 LEAST_CARD_BYTES = 1 << 30  # a context, torch's libraries and the kernels take about half of it
@@ -254,7 +254,7 @@ def versions_agree(probes: Probes, driver: tuple[int, int]) -> list[Finding]:
 def one_card(probes: Probes, index: int, card: Card, cache_dir: Path) -> list[Finding]:
     name = f"card {index}"
     if card.cc < OLDEST_CARD:
-        return [Finding(name, "bad", _describe(card), "The oldest supported is compute capability 7.0 (Volta); use the CPU engine.")]
+        return [Finding(name, "bad", _describe(card), "The oldest that CUDA 13 compiles for is compute capability 7.5 (Turing); use the CPU engine.")]
     if card.free_bytes < LEAST_CARD_BYTES:
         words = f"At least {LEAST_CARD_BYTES / GIB:.0f} GiB of it must be free; end the programs that `nvidia-smi` lists."
         return [Finding(name, "bad", _describe(card), words)]

@@ -16,7 +16,7 @@ import torch
 from engine.cuda.launch import Kernel
 from engine.errors import DeviceError
 
-OLDEST = (7, 0)  # Volta: what the portable kernels are made for
+OLDEST = (7, 5)  # Turing: what CUDA 13 still compiles for
 SLOT = 8  # bytes of an argument
 
 
@@ -37,7 +37,7 @@ class CudaDevice:
         self.cc: tuple[int, int] = (properties.major, properties.minor)
         self.multiprocessors: int = properties.multi_processor_count
         if self.cc < OLDEST:
-            raise DeviceError(f"{self.name} has compute capability {self.cc[0]}.{self.cc[1]}; the oldest supported is 7.0 (Volta).")
+            raise DeviceError(f"{self.name} has compute capability {self.cc[0]}.{self.cc[1]}; the oldest that CUDA 13 compiles for is 7.5 (Turing).")
         self._stream = torch.cuda.Stream(self.torch_device)
         torch.cuda.set_stream(self._stream)
         self._handle = self._stream.cuda_stream

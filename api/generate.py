@@ -63,7 +63,7 @@ class Choice:
     """One sequence and its text. `feed` takes its events one at a time, so a batch of events changes no answer."""
 
     __slots__ = (
-        "_detokenizer", "_ids", "_include_stop", "_matcher", "_min_tokens", "_no_answer", "_notes", "_offset", "_want_ids",
+        "_detokenizer", "_ids", "_include_stop", "_matcher", "_min_tokens", "only_prompt", "_notes", "_offset", "_want_ids",
         "_want_logprobs", "cancelled", "done", "finish_reason", "generation", "index", "last_s", "num_generated",
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ class Choice:
         self._include_stop = wanted.include_stop
         self._want_logprobs = wanted.logprobs >= 0
         self._want_ids = wanted.values["return_token_ids"]
-        self._no_answer = wanted.max_tokens == 0
+        self.only_prompt = wanted.max_tokens == 0
         self._notes: list[TokenLogprob] = []
         self._ids: list[int] = []
         self._offset = 0
@@ -99,7 +99,7 @@ class Choice:
 
     def feed(self, event: TokenEvent) -> Delta | None:
         """The delta that this event completes; None while text is held back (half a character, maybe a stop string)."""
-        if self._no_answer and event.finish_reason not in (FinishReason.ABORT, FinishReason.ERROR):
+        if self.only_prompt and event.finish_reason not in (FinishReason.ABORT, FinishReason.ERROR):
             # only the prompt was of interest: the one id that had to be sampled is nobody's
             self.generation.abort()
             return self._finish("length", "")
@@ -294,6 +294,8 @@ class Answer:
             if delta is not None:
                 batch.append(delta)
         self._count(choice, choice.num_generated - before)
+        if choice.only_prompt and choice.done and choice.index % self._per_prompt == 0:
+            self._metrics.prompt_computed(choice.generation.num_prompt, choice.generation.num_cached)
         return batch
 
     def _count(self, choice: Choice, num_new: int) -> None:

@@ -1,7 +1,8 @@
-"""GET /v1/models, GET /v1/models/{model} and GET /version: what is served here."""
+"""GET /v1/models, GET /v1/models/{model} and GET /version: what is served here; to Anthropic's clients in their shape."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from aiohttp import web
@@ -24,9 +25,33 @@ def card(service: Service) -> dict[str, Any]:
     }
 
 
+def anthropic_card(service: Service) -> dict[str, Any]:
+    served = service.described
+    created = datetime.fromtimestamp(served.created if served else 0, UTC)
+    most = served.session_len if served else None
+    name = service.model_name
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": created.isoformat(),
+        "lifecycle": "active",
+        "max_input_tokens": most and most - 1,
+        "max_tokens": most and most - 1,
+    }
+
+
+def _is_anthropic(request: web.Request) -> bool:
+    return "anthropic-version" in request.headers
+
+
 async def models(request: web.Request) -> web.Response:
     """GET /v1/models"""
-    return json_response({"object": "list", "data": [card(request.app[SERVICE])]})
+    service = request.app[SERVICE]
+    if _is_anthropic(request):
+        name = service.model_name
+        return json_response({"data": [anthropic_card(service)], "has_more": False, "first_id": name, "last_id": name})
+    return json_response({"object": "list", "data": [card(service)]})
 
 
 async def model(request: web.Request) -> web.Response:
@@ -34,7 +59,7 @@ async def model(request: web.Request) -> web.Response:
     service = request.app[SERVICE]
     if request.match_info["model"] != service.model_name:
         raise ApiError(404, f"There is no such model; this server has {service.model_name!r}.", param="model", code="model_not_found")
-    return json_response(card(service))
+    return json_response(anthropic_card(service) if _is_anthropic(request) else card(service))
 
 
 async def version(request: web.Request) -> web.Response:

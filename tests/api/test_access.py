@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator
 
 import pytest
+from aiohttp import web
 
 from api.access import PUBLIC as PUBLIC_ROUTES
 from api.access import Access, Caller
+from api.app import add_routes
 from tests.api.harness import Running, mock_config, receive_all, serving
 
 KEY, OTHER = "sk-first-key", "sk-second-key"
@@ -39,6 +41,18 @@ def test_everything_but_health_needs_a_key(server: Running, method: str, path: s
     assert headers["www-authenticate"] == "Bearer"
     assert json.loads(data)["error"]["code"] == "invalid_api_key"
     assert server.request(method, path, headers=bearer(KEY))[0] != 401
+
+
+def test_every_route_of_the_application_needs_a_key(server: Running) -> None:
+    """Also the next one that somebody adds."""
+    router = web.UrlDispatcher()
+    add_routes(router)
+    for route in router.routes():
+        path = route.resource.canonical if route.resource is not None else ""
+        if route.method in ("GET", "POST", "DELETE") and path not in PUBLIC_ROUTES:
+            assert (
+                server.request(route.method, path.replace("{", "").replace("}", ""), b"{}" if route.method == "POST" else None)[0] == 401
+            ), path
 
 
 def test_health_needs_none(server: Running) -> None:

@@ -155,6 +155,40 @@ def test_what_the_counters_count(server: Running) -> None:
     assert value(server, "lmdeploy:num_api_requests_routed") == 0
 
 
+ANSWERS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 3},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3},
+    "/v1/chat/interactive": {"prompt": "hi", "request_output_len": 3},
+    "/generate": {"text": "hi", "max_tokens": 3},
+    "/get_ppl": {"input": "hi"},
+    "/v2/models/mock/generate": {"text_input": "hi", "max_tokens": 3},
+    "/v2/models/mock/infer": {"inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["hi"]}]},
+}
+
+
+@pytest.mark.parametrize("path", ANSWERS)
+def test_every_protocol_is_counted_and_named(server: Running, path: str) -> None:
+    """Requests, tokens and time to the first one; the caller's X-Request-Id comes back."""
+    names = (
+        "vllm:request_success_total",
+        "vllm:prompt_tokens_total",
+        "vllm:e2e_request_latency_seconds_count",
+        "vllm:time_to_first_token_seconds_count",
+    )
+
+    def counts() -> list[float]:
+        found = families(server).values()
+        return [sum(s.value for family in found for s in family.samples if s.name == name) for name in names]
+
+    before = counts()
+    status, headers, data = server.request("POST", path, ANSWERS[path], {"X-Request-Id": "of-mine"})
+    assert status == 200 and headers["x-request-id"] == "of-mine", data
+    after = counts()
+    assert after[0] - before[0] == 1 and after[1] > before[1] and after[2] - before[2] == 1
+    assert after[3] - before[3] == (path != "/get_ppl")  # which gives no token
+
+
 def test_the_number_of_series_does_not_grow_with_what_clients_send(server: Running) -> None:
     before = server.request("GET", "/metrics")[2].count(b"\n")
     for i in range(50):

@@ -173,6 +173,11 @@ def test_anthropic_goes_on_with_the_assistants_words(claude: anthropic.Anthropic
     assert made.content[0].text == answer_to(chat_ids(("user", "hi"), opened="Well"), max_tokens=7, temperature=0.0)  # type: ignore[union-attr]
 
 
+def test_anthropic_models(claude: anthropic.Anthropic) -> None:
+    (only,) = claude.models.list()
+    assert only.id == claude.models.retrieve("mock").id == "mock" and only.max_input_tokens == 511
+
+
 def test_anthropic_errors(server: Running, claude: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError) as caught:
         claude.messages.create(model="another", max_tokens=1, messages=HI)  # type: ignore[arg-type]

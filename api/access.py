@@ -81,6 +81,14 @@ class Access:
         message = f"{len(key)}:{key}{cache_salt}".encode("utf-8", "surrogatepass")
         return hmac.digest(self._salt_key, message, "sha256")
 
+    def check_origin(self, request: web.BaseRequest) -> None:
+        """For what a browser would send without asking first (no JSON body): 403 to pages of other origins."""
+        origin = request.headers.get("Origin", "").lower()
+        own = request.headers.get("Host", "").lower()
+        if origin and origin.partition("://")[2] != own and not self.cors_headers(request):
+            message = "Pages of this origin may not do that; add it to server.allow_origins."
+            raise ApiError(403, message, code="origin_not_allowed")
+
     def preflight(self, request: web.BaseRequest) -> web.Response | None:
         """The answer to a CORS preflight from an allowed origin, else None."""
         if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:

@@ -48,7 +48,9 @@ async def abort_request(request: web.Request) -> web.Response:
 
 async def reset_prefix_cache(request: web.Request) -> web.Response:
     """POST /reset_prefix_cache: nothing is found in it any more; running answers keep what they use."""
-    served = request.app[SERVICE].served()
+    service = request.app[SERVICE]
+    service.access.check_origin(request)
+    served = service.served()
     served.engine.manager.reset_cache()
     return json_response({"success": True})
 
@@ -56,6 +58,7 @@ async def reset_prefix_cache(request: web.Request) -> web.Response:
 async def sleep(request: web.Request) -> web.Response:
     """POST /sleep?level=1: answers when nothing runs any more and the cache is empty."""
     service = request.app[SERVICE]
+    service.access.check_origin(request)
     level = _level(request)
     served = service.served()
     service.sleeping = True
@@ -69,6 +72,7 @@ async def sleep(request: web.Request) -> web.Response:
 async def wakeup(request: web.Request) -> web.Response:
     """POST /wakeup"""
     service = request.app[SERVICE]
+    service.access.check_origin(request)
     service.sleeping = False
     service.served()
     return json_response({"is_sleeping": False})

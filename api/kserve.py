@@ -298,6 +298,7 @@ async def infer(request: web.Request) -> web.Response:
 
 async def _read_request(request: web.Request, service: Service, session_len: int) -> tuple[dict[str, Any], bytes]:
     """JSON, and the binary data behind it. Triton's client sends no Content-Type."""
+    service.access.check_origin(request)
     media = request.headers.get("Content-Type", "application/json").partition(";")[0].strip().lower()
     if media not in ("application/json", "application/octet-stream"):
         raise ApiError(415, "Content-Type must be application/json or application/octet-stream.", code="unsupported_media_type")

@@ -240,7 +240,7 @@ def test_responses_make_room_and_are_their_owners() -> None:
 # -- a stream that breaks says so in its protocol ----------------------------------------------------------
 
 STREAMS: dict[str, tuple[dict[str, Any], str]] = {
-    "/v1/messages": ({"max_tokens": 400, "messages": [{"role": "user", "content": "hi"}]}, "event: error\ndata: "),
+    "/v1/messages": ({"max_tokens": 400, "seed": 40, "messages": [{"role": "user", "content": "hi"}]}, "event: error\ndata: "),
     "/v1/responses": ({"input": "hi", "ignore_eos": True}, "event: response.failed\ndata: "),
     TURN: ({"prompt": "hi", "request_output_len": 400, "ignore_eos": True}, '{"text":"","tokens":'),
     "/generate": ({"text": "hi", "max_tokens": 400, "ignore_eos": True}, 'data: {"error":'),
@@ -263,3 +263,31 @@ def test_the_death_of_the_engine_in_every_protocol() -> None:
                 text = receive_all(raw).decode()
             assert STREAMS[path][1] in text and "The engine stopped for a test." in text, (path, text[-500:])
             assert "[DONE]" not in text and "message_stop" not in text and "response.completed" not in text
+
+
+def test_pages_of_other_origins_cannot_put_the_server_to_sleep(server: Running) -> None:
+    """A browser sends a POST without a JSON body before it asks whether it may."""
+    infer = {"inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["x"]}]}
+    for path, body in (("/sleep", None), ("/wakeup", None), ("/reset_prefix_cache", None), ("/v2/models/mock/infer", infer)):
+        for origin in ("http://evil.example", "null", f"http://127.0.0.1:{server.port + 1}"):
+            assert server.request("POST", path, body, {"Origin": origin})[0] == 403, (path, origin)
+    assert server.request("POST", "/reset_prefix_cache", None, {"Origin": server.url})[0] == 200
+    assert json.loads(server.request("GET", "/is_sleeping")[2]) == {"is_sleeping": False}
+
+
+@pytest.mark.parametrize("path", STREAMS)
+def test_a_client_that_leaves_frees_everything(slow: Running, path: str) -> None:
+    body = {**STREAMS[path][0], **({} if path.startswith("/v2") else {"stream": True})}
+    body |= {"session_id": 31, "interactive_mode": True} if path == TURN else {}
+    with slow.connect() as raw:
+        raw.sendall(post_bytes(path, json.dumps(body).encode(), "Authorization: Bearer one\r\n"))
+        until(lambda: any(a.choices[0].num_generated > 3 for a in list(slow.service.live)), 5, "no tokens came")
+        (answer,) = slow.service.live
+        name = next((name for name in answer.names if name.startswith("resp_")), "")
+    slow.settled()
+    if path == TURN:
+        session = slow.service.sessions.get(answer.key, 31)
+        assert session is not None and not session.busy and len(session.messages[-1]["content"]) > 0
+    if name:
+        stored = json.loads(slow.request("GET", f"/v1/responses/{name}", headers=bearer())[2])
+        assert stored["status"] == "cancelled" and stored["output"][0]["content"][0]["text"]

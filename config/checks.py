@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from config.errors import ConfigError
+from config.qos import read_qos
 from config.schema import Config
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+", re.IGNORECASE)
@@ -107,6 +109,11 @@ def _limits(config: Config) -> Iterator[tuple[str, str]]:
         )
     if cache.num_blocks == 0 and cache.cache_max_entry_count == 0:
         yield "cache.cache_max_entry_count", "is 0 and cache.num_blocks is 0: there would be no KV cache."
+    if admission.qos_config_path:
+        try:
+            read_qos(admission.qos_config_path)
+        except ConfigError as error:
+            yield "admission.qos_config_path", str(error)
     for name in ("max_requests", "max_requests_per_key"):
         bound = getattr(admission, name)
         if request.max_n > bound:

@@ -91,6 +91,16 @@ class Admission:
     max_requests_per_key: int = knob(512, "The same for one API key; one more is answered 429.", min=1, max=1 << 20)
     max_queue_tokens: int = knob(0, "Prompt tokens that may wait; 0 means four times the KV pool.", min=0)
     max_queue_age_s: float = knob(30.0, "Longest wait for a first step, seconds; then 503.", min=0.1, max=3600)
+    qos_config_path: str = knob("", "JSON file with user groups and quotas, for requests that carry user_id; empty: none.")
+
+
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """What a conversation with a session_id keeps between its turns."""
+
+    max_sessions: int = knob(1024, "Sessions that are remembered; the one that was idle longest makes room.", min=1, max=1 << 20)
+    lease_s: float = knob(600.0, "Seconds after a turn for which its K/V is kept; later it is computed again.", min=0.1, max=86400)
+    max_pool_share: float = knob(0.5, "Share of the KV blocks that idle sessions may keep, all together.", min=0.0, max=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +147,9 @@ class Engine:
     device_memory_gib: float = knob(0.0, "Memory of a card that numbatch may use, GiB; 0: what the driver says is free.", min=0, max=65536)
     tp: int = knob(1, "Tensor-parallel ranks.", min=1, max=64)
     executor: str = knob(
-        AUTO, "Where the runner lives; auto: a thread for one CPU rank, else one process a rank (always so on CUDA).", choices=(AUTO, "thread", "process")
+        AUTO,
+        "Where the runner lives; auto: a thread for one CPU rank, else one process a rank (always so on CUDA).",
+        choices=(AUTO, "thread", "process"),
     )
     session_len: int = knob(0, "Most tokens of prompt + answer in one sequence; 0: the model's own maximum.", min=0, max=1 << 24)
     max_batch_size: int = knob(0, "Sequences in the persistent batch; 0: 256 on CUDA, 64 elsewhere.", min=0, max=4096)
@@ -190,6 +202,7 @@ class Config:
     http: Http = Http()
     request: Request = Request()
     admission: Admission = Admission()
+    sessions: Sessions = Sessions()
     shutdown: Shutdown = Shutdown()
     model: Model = Model()
     engine: Engine = Engine()

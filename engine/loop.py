@@ -16,13 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from config.qos import read_qos
 from config.schema import Config
 from engine.admission import Admission
 from engine.cache.manager import CacheManager
+from engine.cache.sessions import LeaseLimits
 from engine.errors import BadParameter, ContextLengthExceeded, EngineDead, EngineDraining, EngineNotReady
 from engine.executor import Executor
 from engine.load_backend import resolved
 from engine.models.spec import ModelSpec
+from engine.qos import Qos
 from engine.scheduler import Scheduler
 from engine.sequence import FinishReason, SamplingParams, Sequence
 from engine.step import StepPlan, StepResult, TokenEvent
@@ -65,6 +68,9 @@ class EngineSnapshot:
     preemptions: int
     steps: int
     last_progress_s: float  # monotonic time of the last result, or of the last idle moment
+    leases: int = 0  # that hold K/V
+    pinned: int = 0  # blocks that they pin
+    leases_broken: int = 0  # because memory was short
 
 
 class Generation:
@@ -149,6 +155,8 @@ class Engine:
         self._task: asyncio.Task[None] | None = None
         self._dead: asyncio.Future[EngineDead] | None = None
         self._eos = frozenset(spec.eos_token_ids)
+        qos = read_qos(config.admission.qos_config_path) if config.admission.qos_config_path else None
+        self._qos = Qos(qos) if qos is not None else None
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -161,7 +169,13 @@ class Engine:
         cache, knobs = self.config.cache, self.config.engine
         # the last id of a sequence is never computed; a longer one than the pool holds could never finish
         self.session_len = min(self.session_len, num_blocks * cache.cache_block_seq_len + 1)
-        self.manager = CacheManager(num_blocks, cache.cache_block_seq_len, enable_prefix_caching=cache.enable_prefix_caching)
+        kept = self.config.sessions
+        self.manager = CacheManager(
+            num_blocks,
+            cache.cache_block_seq_len,
+            enable_prefix_caching=cache.enable_prefix_caching,
+            limits=LeaseLimits(kept.max_sessions, kept.lease_s, kept.max_pool_share),
+        )
         self.scheduler = Scheduler(
             self.manager,
             max_batch_size=knobs.max_batch_size,
@@ -208,15 +222,23 @@ class Engine:
         salt: bytes = b"",
         key: str = "",
         deadline_s: float = math.inf,
+        session: str = "",
+        user_id: str = "",
     ) -> Generation:
         """Queue a sequence. `key` counts against `admission.max_requests_per_key`; `deadline_s` is monotonic time.
+
+        `session`: the K/V of prompt and answer is leased under this name, and taken from there. `user_id`: whose place
+        in line it takes, where there is QoS; `priority` must be 0 then.
 
         Raises BadParameter, ContextLengthExceeded, QueueFull, EngineDraining, EngineNotReady or EngineDead.
         """
         self._check_status()
         self._check_prompt(prompt_ids, params)
+        if self._qos is not None and priority:
+            raise BadParameter("priority", "The user's group decides who goes first (admission.qos_config_path); leave priority out.")
         self._admission.check(len(prompt_ids), key, self.scheduler.waiting)
         self._next_id += 1
+        place = self._qos.place(user_id, len(prompt_ids), params.max_tokens) if self._qos is not None else None
         sequence = Sequence(
             id=self._next_id,
             token_ids=list(prompt_ids),
@@ -224,11 +246,17 @@ class Engine:
             params=params,
             eos_token_ids=self._eos,
             priority=priority,
+            group=place.group if place is not None else 0,
+            turn=place.turn if place is not None else 0.0,
             arrival_s=time.monotonic(),
             deadline_s=deadline_s,
             salt=salt,
         )
         self.scheduler.add(sequence)
+        if session:
+            sequence.lease = self.manager.leases.open(session, salt, sequence.arrival_s)
+        if self._qos is not None and place is not None:
+            self._qos.waits(sequence, place)
         self._admission.admitted(sequence, key)
         generation = Generation(self, sequence)
         self._generations[sequence.id] = generation
@@ -250,8 +278,9 @@ class Engine:
         if self._task is None:
             return EngineSnapshot(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, self._last_progress_s)
         scheduler, manager = self.scheduler, self.manager
+        manager.leases.expire(now := time.monotonic())
         if not scheduler.has_work:
-            self._last_progress_s = time.monotonic()
+            self._last_progress_s = now
         return EngineSnapshot(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -265,6 +294,9 @@ class Engine:
             preemptions=scheduler.num_preemptions,
             steps=self._steps,
             last_progress_s=self._last_progress_s,
+            leases=manager.leases.num_pinned,
+            pinned=manager.num_pinned,
+            leases_broken=manager.leases.num_broken,
         )
 
     def _check_status(self) -> None:
@@ -347,12 +379,14 @@ class Engine:
             if generation is None:
                 continue
             if event.finish_reason is not None:
-                self._forget(event.sequence_id)
+                self._forget(generation.sequence)
             generation._push(event)
 
-    def _forget(self, sequence_id: int) -> None:
-        del self._generations[sequence_id]
-        self._admission.finished(sequence_id)
+    def _forget(self, sequence: Sequence) -> None:
+        del self._generations[sequence.id]
+        self._admission.finished(sequence.id)
+        if self._qos is not None:
+            self._qos.finished(sequence)
         if not self._generations:
             self._idle.set()
 

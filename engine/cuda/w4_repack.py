@@ -24,6 +24,7 @@ from engine.cuda.w4_layout import W4Device
 i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
 p8, p16, p32, pf32 = pointer(types.uint8), pointer(types.uint16), pointer(u32), pointer(f32)
 THREADS = 128
+PACK = {"bfloat16": ptx.pack_bf16, "float16": ptx.pack_f16_portable}  # of pairs: sm_75 has no packed conversion
 MAX_GRID_Y = 65535
 
 
@@ -149,7 +150,7 @@ def dequantize(group: int, form: str, dtype: str) -> Kernel:
     """Packed words to dense 16-bit rows [rows, K], rounded once; a warp for each tile's chunk, 64 bytes of 8 rows at a store."""
     zero_form = form == "zero"
     turn = u32(3 if dtype == "bfloat16" else 0)
-    low, high, pack = ptx.low_f16, ptx.high_f16, ptx.PACK[dtype]
+    low, high, pack = ptx.low_f16, ptx.high_f16, PACK[dtype]
     rotate_right, load_stream_128, load_constant_64, store_128 = (
         ptx.rotate_right, ptx.load_stream_128, ptx.load_constant_64, ptx.store_128,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 from tests.house.tree import ROOMS, ROOT, files, imports, program, python_files
 
 # import name -> distribution, where they differ
-DISTRIBUTION = {"langchain_core": "langchain-openai", "langchain_openai": "langchain-openai", "_pytest": "pytest"}
+DISTRIBUTION = {"langchain_core": "langchain-openai", "langchain_openai": "langchain-openai", "_pytest": "pytest", "cuda": "cuda-bindings"}
 # used through another library or a tool, never imported by name
 UNIMPORTED = {"mypy", "ruff", "pytest-cov", "pytest-timeout", "numba-cuda"}
 LENT = {"torch"}  # may be imported by tests as well
@@ -32,7 +32,7 @@ def names(requirements: list[str]) -> set[str]:
 
 def used_by(chosen: tuple[str, ...]) -> dict[str, str]:
     """distribution -> a file that imports it."""
-    own = {*ROOMS, "server", "tests", "conftest"}
+    own = {*ROOMS, "server", "numbatch", "tests", "conftest"}
     used = {}
     for name in chosen:
         for line, module in imports(name):
@@ -62,7 +62,8 @@ def test_libraries_of_the_program_are_dependencies() -> None:
     base = names(project()["project"]["dependencies"])
     extras = project()["project"]["optional-dependencies"]
     for library, where in used_by(tuple(n for n in program() if not n.startswith("bench/"))).items():
-        assert library in base, f"{where} imports {library}, which is not in dependencies"
+        known = base | names(extras["cuda"]) if where.startswith("engine/cuda/") else base
+        assert library in known, f"{where} imports {library}, which is not in dependencies"
     for library, where in used_by(python_files("bench")).items():
         assert library in base | names(extras["bench"]), f"{where} imports {library}, which the bench extra does not bring"
     for library, where in used_by(python_files("tests")).items():

@@ -29,7 +29,7 @@ def python_files(*rooms: str) -> tuple[str, ...]:
 
 def program() -> tuple[str, ...]:
     """The program's own Python files: rooms and server.py, no tests."""
-    return python_files(*ROOMS, SERVER)
+    return python_files(*ROOMS, SERVER, "numbatch.py")
 
 
 @cache

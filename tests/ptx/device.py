@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.cuda.launch import Kernel
 from tests.ptx.emulator import Emulator, Memory
+
+KERNELS = Path(__file__).resolve().parents[2] / ".cache" / "kernels"  # compiled once for all tests, kept between runs
 
 
 class EmulatedDevice:

@@ -16,7 +16,7 @@ from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention, query_tiles
 from engine.cuda.target import PTX_ARCHITECTURES
 from engine.cuda.tuning_attention import DecodeShape, PromptShape, decode_shape, prompt_shape
-from tests.ptx.device import EmulatedDevice
+from tests.ptx.device import KERNELS, EmulatedDevice
 from tests.ptx.emulator import Emulator, Memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,8 +45,8 @@ class Card(EmulatedDevice):
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return Library(Card(CC), tmp_path_factory.mktemp("kernels"))
+def library():
+    return Library(Card(CC), KERNELS)
 
 
 class World:

@@ -7,7 +7,7 @@ import torch
 from engine import reference
 from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
 from engine.cuda.launch import Library, Variant, assemble, to_ptx
-from tests.ptx.device import EmulatedDevice
+from tests.ptx.device import KERNELS, EmulatedDevice
 
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half an ulp, relative
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -16,13 +16,13 @@ PORTABLE = (7, 5)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return Library(EmulatedDevice((9, 0)), tmp_path_factory.mktemp("kernels"))
+def library():
+    return Library(EmulatedDevice((9, 0)), KERNELS)
 
 
 @pytest.fixture(scope="module")
-def portable(tmp_path_factory):
-    return Library(EmulatedDevice(PORTABLE), tmp_path_factory.mktemp("portable"))
+def portable():
+    return Library(EmulatedDevice(PORTABLE), KERNELS)
 
 
 def random(rng, *shape, dtype):

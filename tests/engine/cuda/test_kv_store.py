@@ -9,7 +9,7 @@ import torch
 from engine import reference
 from engine.cuda.kv_store import RopeStore
 from engine.cuda.launch import Library, Variant, assemble, to_ptx
-from tests.ptx.device import EmulatedDevice
+from tests.ptx.device import KERNELS, EmulatedDevice
 
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half an ulp, relative
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -18,8 +18,8 @@ PORTABLE = (7, 5)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return Library(EmulatedDevice((9, 0)), tmp_path_factory.mktemp("kernels"))
+def library():
+    return Library(EmulatedDevice((9, 0)), KERNELS)
 
 
 class World:

@@ -14,7 +14,7 @@ from engine.sampler import Sampler
 from engine.sampler_reference import reference_distribution, reference_logprobs, sample_reference
 from engine.sequence import SamplingParams
 from engine.step import BAD_LOGITS, NOTHING_LEFT, Admit
-from tests.ptx.device import EmulatedDevice
+from tests.ptx.device import KERNELS, EmulatedDevice
 
 SESSION, UNWRITTEN = 64, -7
 PORTABLE = (7, 5)
@@ -22,14 +22,14 @@ ROWS = 18  # steps are padded to a multiple: the emulator prepares a kernel for 
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library():
     """cc -> (library, device): each kernel is compiled and prepared once."""
     made = {}
 
     def of(cc=(9, 0)):
         if cc not in made:
             device = EmulatedDevice(cc)
-            made[cc] = (Library(device, tmp_path_factory.mktemp("kernels")), device)
+            made[cc] = (Library(device, KERNELS), device)
         return made[cc]
 
     return of

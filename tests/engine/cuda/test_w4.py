@@ -16,7 +16,7 @@ from engine.cuda.w4_layout import W4Device
 from engine.cuda.w4_matmul import W4Matmul, W4Scratch
 from engine.cuda.w4_portable import W4Portable
 from engine.cuda.w4_repack import W4Repack
-from tests.ptx.device import EmulatedDevice
+from tests.ptx.device import KERNELS, EmulatedDevice
 from tests.ptx.emulator import Emulator, Memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -33,8 +33,8 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return Library(EmulatedDevice((9, 0)), tmp_path_factory.mktemp("kernels"))
+def library():
+    return Library(EmulatedDevice((9, 0)), KERNELS)
 
 
 def tensor(array):

@@ -15,7 +15,7 @@ from typing import Any
 from config.load import KNOBS
 from config.schema import Config
 from engine.errors import ConfigError, ModelError
-from engine.models.spec import ModelSpec
+from engine.models.spec import ModelSpec, apply_overrides
 from engine.workspace import spec_of_workspace
 from formats.errors import FormatError
 from formats.workspace import CONFIG, Workspace, is_workspace, read_workspace
@@ -49,7 +49,7 @@ def with_workspace(config: Config) -> Config:
         workspace = read_workspace(path)
     except FormatError as e:
         raise ModelError(str(e)) from e
-    translation = translate(workspace, spec_of_workspace(workspace))
+    translation = translate(workspace, apply_overrides(spec_of_workspace(workspace), config.engine))
     defaults, sections = Config(), dict[str, dict[str, Any]]()
     for key, value in translation.values.items():
         section, name = key.split(".")

@@ -149,6 +149,12 @@ def test_the_users_own_configuration_rules(workspace: Path, caplog: pytest.LogCa
     assert with_workspace(other) is other and with_workspace(Config()) == Config()
 
 
+def test_the_users_scaling_lengthens_sessions(workspace: Path) -> None:
+    """Seed 002's way past the trained length, from our side: rope_scaling_factor = 1 and config.ini's own session_len."""
+    config = configure(model={"path": str(workspace)}, engine={"rope_scaling_factor": 1.0})
+    assert with_local_files(config).engine.session_len == 2056
+
+
 def test_names(workspace: Path) -> None:
     assert model_name(configure(model={"path": str(workspace)})) == "internlm-chat-7b"
     assert model_name(configure(model={"path": str(workspace), "model_name": "mine"})) == "mine"

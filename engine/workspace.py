@@ -132,7 +132,7 @@ def _rope(keys: Keys, head_dim: int) -> RopeSpec:
 
 def _eos(workspace: Workspace, keys: Keys, vocab: int) -> tuple[int, ...]:
     end = keys.integer("end_id", -1, vocab - 1)
-    ids = (end,) if end >= 0 else ()
+    ids: tuple[int, ...] = (end,) if end >= 0 else ()
     if (workspace.tokenizer / "generation_config.json").is_file():
         more = read_json(workspace.tokenizer / "generation_config.json")
         ids += Keys("generation_config.json", more).ids("eos_token_id", vocab)

@@ -19,6 +19,7 @@ import torch
 
 from engine import awq, turbomind
 from engine.errors import ConfigError, ModelError
+from engine.models.layers import to_dense
 from engine.models.spec import ModelSpec, load_spec
 from engine.turbomind import Layout
 from engine.weight_files import take_stock
@@ -252,12 +253,11 @@ class _Writer:
         self.checkpoint, self.spec, self.layout, self.dtype = checkpoint, spec, layout, dtype
 
     def vector(self, name: str) -> np.ndarray:
-        weight = self.checkpoint.weight(name, dense=True)
-        return self._bits(weight, name)
+        return self._dense(name)
 
     def table(self, name: str) -> np.ndarray:
         """[padded vocabulary, hidden]; the rows beyond the vocabulary are zeros."""
-        bits = self._bits(self.checkpoint.weight(name, dense=True), name)
+        bits = self._dense(name)
         return np.pad(bits, ((0, self.layout.padded_vocab - len(bits)), (0, 0)))
 
     def layer_dense(self, base: str) -> Iterator[tuple[str, list[np.ndarray]]]:
@@ -303,7 +303,10 @@ class _Writer:
 
     def _linear(self, name: str) -> np.ndarray:
         """[in, out]."""
-        return self._bits(self.checkpoint.weight(name, dense=True), name).T
+        return self._dense(name).T
+
+    def _dense(self, name: str) -> np.ndarray:
+        return self._bits(to_dense(self.checkpoint.weight(name, dense=True)), name)
 
     def _bias(self, name: str) -> np.ndarray:
         return self._bits(self.checkpoint.bias(name), name)
@@ -336,7 +339,7 @@ def _bytes(array: np.ndarray, name: str, sizes: dict[str, int]) -> memoryview:
     data = np.ascontiguousarray(array)
     if data.nbytes != sizes[name]:
         raise ModelError(f"{name}: {data.nbytes} bytes were made, {sizes[name]} belong there")
-    return memoryview(data).cast("B")
+    return data.reshape(-1).view(np.uint8).data
 
 
 def _write(path: Path, data: bytes | memoryview) -> None:

@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
+JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help setup demo test check coverage bench clean
@@ -13,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help:
 	@echo 'make setup     the environment alone, in $(VENV)'
 	@echo 'make demo      fetch a small model and serve it on 127.0.0.1:23333'
-	@echo 'make test      fetch the same model if it can be had, run all tests'
+	@echo 'make test      fetch the same model if it can be had, run all tests (JOBS=2 at a time)'
 	@echo 'make check     linters, types, house tests'
 	@echo 'make coverage  line coverage of the pure wing, at least 95 %'
 	@echo 'make bench     the benchmarks that need no model'
@@ -43,7 +44,7 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready-test
 	@$(RUN) -m cli.fetch smollm2 --to .models || echo 'tests of the real model will be skipped'
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.ready-test
 	$(RUN) -m ruff check

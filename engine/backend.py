@@ -28,7 +28,7 @@ class Backend(Protocol):
     name: str
     stacks: bool  # whether `prepare_linear` takes a list of weights with one input, to be stacked where they are repacked
 
-    def prepare_linear(self, weight: Weight | list[Weight], bias: Dense | None) -> Any:
+    def prepare_linear(self, weight: Any, bias: Dense | None) -> Any:  # a Weight; a list of them too where `stacks`
         """Repack a weight [N, K] (+ bias [N]) once, at load, into what `linear` reads."""
 
     def prepare_head(self, weight: Weight) -> Any:

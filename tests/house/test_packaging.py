@@ -16,7 +16,7 @@ from tests.house.tree import ROOMS, ROOT, files, imports, program, python_files
 # import name -> distribution, where they differ
 DISTRIBUTION = {"langchain_core": "langchain-openai", "langchain_openai": "langchain-openai", "_pytest": "pytest", "cuda": "cuda-bindings"}
 # used through another library or a tool, never imported by name
-UNIMPORTED = {"mypy", "ruff", "pytest-cov", "pytest-timeout", "numba-cuda"}
+UNIMPORTED = {"mypy", "ruff", "pytest-cov", "pytest-timeout", "pytest-xdist", "numba-cuda"}
 LENT = {"torch"}  # may be imported by tests as well
 
 

@@ -102,8 +102,14 @@ def _others() -> Schema:
         "KServeError": object_of({"error": STRING}),
         "Turn": object_of({
             "text": STRING, "tokens": COUNT, "input_tokens": COUNT, "history_tokens": COUNT,
-            "finish_reason": {"enum": ["stop", "length", "abort"]},
+            "finish_reason": {"enum": ["stop", "length", "abort"]}, "cached_tokens": COUNT,
+        }, ("cached_tokens",)),
+        "Session": object_of({
+            "id": COUNT, "object": {"const": "session"}, "busy": {"type": "boolean"}, "history_tokens": COUNT, "leased_tokens": COUNT,
+            "expires_in_s": or_null(NUMBER),
         }),
+        "Sessions": object_of({"object": {"const": "list"}, "data": list_of(_ref("Session"))}),
+        "EndedSession": object_of({"id": COUNT, "object": {"const": "session"}, "deleted": {"const": True}}),
         "Generated": either(generated),
         "Perplexity": object_of({"ppl": either(NUMBER), "perplexity": either(NUMBER), "num_tokens": either(COUNT)}),
         "Encoded": object_of({"input_ids": either(either(COUNT)), "length": either(COUNT)}),

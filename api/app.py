@@ -30,6 +30,7 @@ from api.models import model, models, version
 from api.openapi import docs, openapi
 from api.responses import cancel_response, delete_response, get_response, list_input_items, responses
 from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Service
+from api.sessions import delete_session, get_session, list_sessions
 from api.tokenize import detokenize, tokenize
 from engine.errors import EngineError
 
@@ -58,6 +59,7 @@ def add_routes(router: web.UrlDispatcher) -> None:
     for path, (why, param) in NO_ENDPOINT.items():
         router.add_post(path, refused(why, param), expect_handler=on_expect)
     router.add_delete("/v1/responses/{id}", delete_response, expect_handler=on_expect)
+    router.add_delete("/v1/sessions/{id}", delete_session, expect_handler=on_expect)
     router.add_route("*", "/{path:.*}", nowhere, expect_handler=on_expect)
 
 
@@ -75,6 +77,8 @@ GET: dict[str, Handler] = {
     "/v1/models/{model:.+}": model,
     "/v1/responses/{id}": get_response,
     "/v1/responses/{id}/input_items": list_input_items,
+    "/v1/sessions": list_sessions,
+    "/v1/sessions/{id}": get_session,
     "/v2": kserve.server_metadata,
     "/v2/health/live": kserve.server_live,
     "/v2/health/ready": kserve.server_ready,
@@ -93,6 +97,9 @@ POST: dict[str, Handler] = {
     "/v1/messages": messages,
     "/v1/messages/count_tokens": count_tokens,
     "/v1/chat/interactive": interactive,
+    "/v1/chat/completions_qos": chat_completions,  # LMDeploy 0.4's names, for requests with user_id
+    "/v1/completions_qos": completions,
+    "/v1/chat/interactive_qos": interactive,
     "/generate": native.generate,
     "/get_ppl": native.get_ppl,
     "/v1/encode": native.encode,

@@ -60,7 +60,6 @@ def chat_fields(limits: Request, model: str, session_len: int, vocab_size: int) 
         unsupported("reasoning_effort", "set it with chat_template_kwargs if the model's template knows it."),
         unsupported("verbosity", "ask for it in the messages."),
         unsupported("web_search_options", "this server makes no connections."),
-        unsupported("session_id", "send the whole conversation, or use /v1/chat/interactive."),
     ])  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from api.body import read_optional
 from api.errors import ApiError, bad, json_response
 from api.sampling import REQUEST_NAME
 from api.schema import Field, Table, boolean, check_int, parse_object, pattern, table
-from api.service import CALLER, SERVICE, Service
+from api.service import CALLER, SERVICE, Service, session_name
 from config.schema import Request
 from config.version import VERSION
 
@@ -112,11 +112,6 @@ def info(service: Service, caller: Caller) -> dict[str, Any]:
         "kv_blocks": {"total": seen.num_blocks, "free": seen.free, "active": seen.active, "cached": seen.cached},
         "mine": sum(1 for answer in service.live if answer.key == caller.key),
     }
-
-
-def session_name(session_id: int) -> str:
-    """Under which a session's answer runs."""
-    return f"session {session_id}"
 
 
 def _level(request: web.Request) -> int:

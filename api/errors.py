@@ -33,6 +33,7 @@ TYPES = {
     408: "timeout_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
+    504: "timeout_error",
 }
 ANTHROPIC_TYPES = {
     401: "authentication_error",

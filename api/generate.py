@@ -157,6 +157,8 @@ class Choice:
             self.finish_reason = "error"
             return ApiError(500, "The model produced numbers that are not finite; this answer cannot go on.", code="bad_logits")
         self.finish_reason = "abort"
+        if self.generation.sequence.deadline_s <= time.monotonic():
+            return ApiError(504, "The answer was not complete within the request's timeout.", param="timeout", code="deadline_exceeded")
         if self.generation.sequence.first_scheduled_s < 0:
             message = "The server could not begin this request in time; try again later."
             return ApiError(503, message, code="overloaded", headers=retry_headers(2))

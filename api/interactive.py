@@ -13,20 +13,20 @@ from typing import Any, Self
 import orjson
 from aiohttp import web
 
+from api.access import Caller
 from api.body import read_object
 from api.chat import messages_field, render_messages
-from api.control import session_name
 from api.errors import ApiError, bad, json_response
 from api.generate import Answer, Delta
-from api.sampling import LATER, Wanted, shared_fields
+from api.sampling import LATER, Wanted, session_field, shared_fields
 from api.schema import Field, Table, boolean, integer, number, parse_object, table, unsupported
-from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Served, Service
+from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Served, Service, session_name
 from api.session_history import Session
 from api.sse import Framing, stream_answer
 from config.schema import Request
 
-MAX_SESSION_ID = (1 << 63) - 1
 DEFAULT_TOKENS = 512
+SHARED = ("repetition_penalty", "min_p", "stop", "ignore_eos", "skip_special_tokens", "seed", "stream", "user_id", "timeout")
 
 
 def interactive_fields(limits: Request, model: str, session_len: int, vocab_size: int) -> Table:
@@ -42,14 +42,14 @@ def interactive_fields(limits: Request, model: str, session_len: int, vocab_size
 
     return table([
         Field("prompt", "The user's next words, or messages. Empty: only end or cancel.", prompt, parse, required=True),
-        integer("session_id", -1, MAX_SESSION_ID, "Which conversation; -1: a new one that nobody can go on with.", -1),
+        session_field("Which conversation; -1: a new one that nobody can go on with."),
         boolean("interactive_mode", "Keep the conversation for another turn."),
         boolean("cancel", "Interrupt the answer of this session that runs; its history stays."),
         integer("request_output_len", 0, session_len - 1, f"Most tokens to generate. Default: {DEFAULT_TOKENS}, or what fits."),
         number("top_p", 0, 1, "Keep the most likely ids whose probabilities sum to this.", 0.8),
         integer("top_k", 0, (1 << 31) - 1, "Keep this many most likely ids; 0 switches it off.", 40),
         number("temperature", 0, 2, "0 is greedy.", 0.8),
-        *(known[name] for name in ("repetition_penalty", "min_p", "stop", "ignore_eos", "skip_special_tokens", "seed", "stream", "model")),
+        *(known[name] for name in (*SHARED, "model")),
         unsupported("adapter_name", f"LoRA adapters {LATER}"),
         unsupported("image_url", "this server reads text only."),
     ])  # fmt: skip
@@ -62,12 +62,10 @@ async def interactive(request: web.Request) -> web.StreamResponse:
     body = await read_object(request, service.config.http, served.session_len)
     values = parse_object(service.tables(interactive_fields), body)
     session_id, key = values["session_id"], request[CALLER].key
-    if session_id == 0:
-        raise bad("session_id", "session_id must be at least 1, or -1.", "invalid_value")
     if values["cancel"]:
         return _cancel(service, request, values)
     if not values["prompt"]:
-        return _only_end(service, values, key)
+        return _only_end(service, values, request[CALLER])
     if values["request_output_len"] == 0:
         raise bad("request_output_len", "request_output_len must be at least 1 where there is a prompt.", "invalid_value")
     if values["interactive_mode"] and session_id < 0:
@@ -88,13 +86,13 @@ def _cancel(service: Service, request: web.Request, values: dict[str, Any]) -> w
     return json_response(_reply("", 0, 0, session.num_tokens if session else 0, "abort" if running else "stop"))
 
 
-def _only_end(service: Service, values: dict[str, Any], key: str) -> web.Response:
+def _only_end(service: Service, values: dict[str, Any], caller: Caller) -> web.Response:
     if values["interactive_mode"]:
         raise bad("prompt", "prompt is empty; give some text, or end the session with interactive_mode = false.", "invalid_value")
-    session = service.sessions.get(key, values["session_id"])
+    session = service.sessions.get(caller.key, values["session_id"])
     if session is not None and session.busy:
         raise ApiError(409, "The session is answering; cancel it first.", param="session_id", code="session_busy")
-    service.sessions.end(key, values["session_id"])
+    service.end_session(caller, values["session_id"])
     return json_response(_reply("", 0, 0, session.num_tokens if session else 0, "stop"))
 
 
@@ -107,7 +105,8 @@ class Turn:
         self._values = values
         self._session = session
         self._id: int = values["session_id"]
-        self._key = request[CALLER].key
+        self._caller = request[CALLER]
+        self._key = self._caller.key
 
     async def run(self, served: Served, started_s: float) -> web.StreamResponse:
         service, request = self._service, self._request
@@ -123,7 +122,7 @@ class Turn:
             frames = LineFrames(len(prompt) - known, known)
             answer = service.submit(
                 [prompt], wanted, request[CALLER], default_tokens=DEFAULT_TOKENS, param="prompt", started_s=started_s, chat=True,
-                names=(request[REQUEST_ID], session_name(self._id) if self._id > 0 else ""),
+                names=(request[REQUEST_ID],),
             )  # fmt: skip
             try:
                 if wanted.stream:
@@ -164,7 +163,7 @@ class Turn:
             return
         sessions = self._service.sessions
         if not self._values["interactive_mode"]:
-            sessions.end(self._key, self._id)
+            self._service.end_session(self._caller, self._id)
         elif answer is None:
             sessions.leave(self._key, self._id)
         else:
@@ -173,18 +172,7 @@ class Turn:
             sessions.finish(self._session, conversation, list(ids), exact=not choice.matched_stop)
 
     def _wanted(self) -> Wanted:
-        names = (
-            "top_p",
-            "top_k",
-            "temperature",
-            "repetition_penalty",
-            "min_p",
-            "stop",
-            "ignore_eos",
-            "skip_special_tokens",
-            "seed",
-            "stream",
-        )
+        names = ("top_p", "top_k", "temperature", "session_id", *SHARED)
         return self._service.wanted(**{name: self._values[name] for name in names}, max_tokens=self._values["request_output_len"])
 
 
@@ -229,8 +217,10 @@ class LineFrames(Framing):
 
     def _object(self, text: str, reason: str | None) -> dict[str, Any]:
         tokens = self._answer.choices[0].num_generated if self._answer is not None else 0
-        return _reply(text, tokens, self._input, self._history, reason)
+        cached = self._answer.choices[0].generation.num_cached if self._answer is not None else 0
+        return {**_reply(text, tokens, self._input, self._history, reason), "cached_tokens": cached}
 
 
 def _reply(text: str, tokens: int, input_tokens: int, history_tokens: int, reason: str | None) -> dict[str, Any]:
+    """LMDeploy's object; a turn's own answer also says how many tokens of its prompt were not computed again."""
     return {"text": text, "tokens": tokens, "input_tokens": input_tokens, "history_tokens": history_tokens, "finish_reason": reason}

@@ -79,7 +79,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
     values = parse_object(service.tables(message_fields), body)
     prompt = await _render(service, served, values)
     fields = {name: values[name] for name in ("max_tokens", "temperature", "top_p", "top_k", "stream", "seed")}
-    wanted = service.wanted(**fields, stop=values["stop_sequences"])
+    wanted = service.wanted(**fields, stop=values["stop_sequences"], user_id=(values["metadata"] or {}).get("user_id") or "")
     frames = MessageFrames(served, wanted)
     answer = service.submit(
         [prompt], wanted, request[CALLER], default_tokens=None, param="messages", started_s=started_s, chat=True,
@@ -242,7 +242,7 @@ def _blocks_schema() -> dict[str, Any]:
 
 
 def _metadata() -> Field:
-    def parse(name: str, value: Any) -> None:
+    def parse(name: str, value: Any) -> dict[str, Any]:
         if type(value) is not dict:
             raise wrong_type(name, "an object", value)
         for key, item in value.items():
@@ -250,9 +250,11 @@ def _metadata() -> Field:
                 raise bad(f"{name}.{key[:64]}", f"There is no field {key[:64]!r} in metadata.", "unknown_parameter")
             if item is not None:
                 check_str(f"{name}.user_id", item, 512)
+        return value
 
     properties = {"user_id": {"type": ["string", "null"], "maxLength": 512}}
-    return Field("metadata", "Accepted; has no effect.", {"type": "object", "properties": properties, "additionalProperties": False}, parse)
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    return Field("metadata", "`user_id`: whose request it is, for QoS.", schema, parse)
 
 
 def _object(name: str, value: Any) -> None:

@@ -34,7 +34,7 @@ class Families:
         write = _Writer(service.model_name)
         yield from _lmdeploy(write, service.metrics, snapshot)
         yield from _vllm(write, service.metrics, snapshot)
-        yield from _ours(write, service)
+        yield from _ours(write, service, snapshot)
 
 
 class _Writer:
@@ -138,8 +138,11 @@ def _vllm_only(m: Metrics) -> tuple[tuple[str, str, Histogram], ...]:
     )
 
 
-def _ours(write: _Writer, service: Service) -> Iterator[Metric]:
+def _ours(write: _Writer, service: Service, s: EngineSnapshot) -> Iterator[Metric]:
     gate = service.gate
+    yield write.gauge("numbatch:session_leases", "Sessions whose last turn's K/V is kept.", s.leases)
+    yield write.gauge("numbatch:session_blocks", "KV blocks that sessions keep.", s.pinned)
+    yield write.counter("numbatch:session_leases_broken", "Sessions that will be computed again because memory was short.", s.leases_broken)
     yield write.gauge("numbatch:open_connections", "Open connections.", gate.num_open if gate else 0)
     yield write.counter("numbatch:refused_connections", "Connections over http.max_connections.", gate.num_refused if gate else 0)
     yield write.counter("numbatch:bad_requests", "Requests that could not be parsed as HTTP.", gate.num_bad if gate else 0)

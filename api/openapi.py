@@ -25,6 +25,7 @@ from api.kserve import MODEL_VERSION, infer_schema
 from api.kserve import generate_fields as generate_v2_fields
 from api.messages import count_fields, message_fields
 from api.response_fields import response_fields
+from api.sampling import MAX_SESSION_ID
 from api.schema import Table, in_words, json_schema
 from api.service import SERVICE, Service
 from api.tokenize import detokenize_fields, tokenize_fields
@@ -89,6 +90,19 @@ def _paths(service: Service) -> Schema:
             "post": _post("Count the tokens of a conversation.", body(count_fields), _object({"input_tokens": COUNT}), "", "AnthropicError")
         },
         "/v1/chat/interactive": post("A turn of a conversation that is kept.", interactive_fields, "Turn", "application/x-ndjson"),
+        **{
+            f"{path}_qos": post(f"{path} under LMDeploy's name for requests with user_id.", build, answer, streams)
+            for path, build, answer, streams in (
+                ("/v1/chat/completions", chat_fields, "ChatCompletion", SSE),
+                ("/v1/completions", completion_fields, "Completion", SSE),
+                ("/v1/chat/interactive", interactive_fields, "Turn", "application/x-ndjson"),
+            )
+        },
+        "/v1/sessions": {"get": _get("The conversations that this API key keeps.", _ref("Sessions"))},
+        "/v1/sessions/{id}": {
+            "get": _get("One of them.", _ref("Session"), SESSION),
+            "delete": _get("End it; an answer that runs is cancelled.", _ref("EndedSession"), SESSION),
+        },
         "/generate": post("Continue texts or token ids (SGLang, LMDeploy).", native.generate_fields, "Generated", SSE),
         "/get_ppl": post("How well the model predicts texts.", native.ppl_fields, "Perplexity"),
         "/v1/encode": post("Texts to token ids (LMDeploy).", native.encode_fields, "Encoded"),
@@ -168,6 +182,7 @@ def _model(service: Service) -> list[Schema]:
 
 
 ID = [_parameter("id", "path", {"type": "string", "pattern": "^resp_[0-9a-f]{32}$"})]
+SESSION = [_parameter("id", "path", {"type": "integer", "minimum": 1, "maximum": MAX_SESSION_ID})]
 PAGE = [
     _parameter("limit", "query", {"type": "integer", "minimum": 1, "maximum": 100}),
     _parameter("order", "query", {"type": "string", "enum": ["asc", "desc"]}),

@@ -22,7 +22,7 @@ SHARED = (
     "model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "stop",
     "stop_token_ids", "ignore_eos", "seed", "allowed_token_ids", "bad_words", "min_tokens", "skip_special_tokens",
     "include_stop_str_in_output", "truncate_prompt_tokens", "priority", "cache_salt", "request_id", "stream", "user", "safety_identifier",
-    "prompt_cache_key", "prompt_cache_retention", "metadata", "service_tier",
+    "user_id", "timeout", "prompt_cache_key", "prompt_cache_retention", "metadata", "service_tier",
 )  # fmt: skip
 
 

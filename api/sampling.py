@@ -37,6 +37,7 @@ from engine.sequence import MAX_SEED, SamplingParams
 SEED_STRIDE = 0x9E37_79B9_7F4A_7C15  # 2**64 / golden ratio, odd: every choice gets another seed
 MAX_PRIORITY = 1000
 MAX_METADATA = 16
+MAX_SESSION_ID = (1 << 63) - 1
 MAX_BAD_WORDS = 128
 REQUEST_NAME = "[A-Za-z0-9._-]{1,64}"
 LATER = "comes in a later version."
@@ -137,6 +138,9 @@ def shared_fields(limits: Request, model: str, session_len: int, vocab_size: int
         boolean("return_token_ids", "Also give the ids of prompt and answer."),
         pattern("request_id", REQUEST_NAME, "A name for /abort_request; the X-Request-Id and the answer's id do as well."),
         integer("priority", -MAX_PRIORITY, MAX_PRIORITY, "Smaller goes first.", 0),
+        session_field("Keep the K/V of prompt and answer for the next request with this number; one prompt, n = 1."),
+        string("user_id", 512, "Whose request it is, for QoS (admission.qos_config_path); without QoS it has no effect.", ""),
+        number("timeout", 0.001, 86400, "Seconds after which an answer that is not complete is given up: 504."),
         string("cache_salt", limits.max_salt_chars, "Requests share cached prefixes only with the same salt (and API key).", ""),
         boolean("stream", "Answer with server-sent events."),
         nested("stream_options", _stream_options(), "Only with stream = true."),
@@ -225,6 +229,18 @@ def _model(served: str) -> Any:
         return value
 
     return parse
+
+
+def session_field(doc: str) -> Field:
+    """A conversation's number among those of its API key."""
+
+    def parse(name: str, value: Any) -> int:
+        if check_int(name, value, -1, MAX_SESSION_ID) == 0:
+            raise bad(name, f"{name} must be at least 1, or -1 for none.", "invalid_value")
+        return int(value)
+
+    schema = {"anyOf": [{"const": -1}, {"type": "integer", "minimum": 1, "maximum": MAX_SESSION_ID}]}
+    return Field("session_id", doc, schema, parse, -1)
 
 
 def model_field(served: str) -> Field:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -79,7 +80,7 @@ class Service:
         self.sleeping = False  # see api/control.py
         self.live: set[Answer] = set()
         self.responses = ResponseStore(config.request.max_stored_responses)
-        self.sessions = SessionHistory()
+        self.sessions = SessionHistory(config.sessions.max_sessions)
         self.quiet = asyncio.Event()  # set while no request is live
         self.quiet.set()
         self._served: Served | None = None
@@ -158,6 +159,11 @@ class Service:
             raise bad("n", f"n x prompts is {len(prompts) * wanted.n}; the server runs at most {most} sequences.", "invalid_value")
         wanted = _with_bad_words(_with_ends(wanted, served, chat), served)
         salt = self.access.salt(caller, wanted.cache_salt)
+        session_id, timeout, user_id = (wanted.values[name] for name in ("session_id", "timeout", "user_id"))
+        if session_id > 0 and (len(prompts) > 1 or wanted.n > 1):
+            raise bad("session_id", "A session goes on with one answer to one prompt; leave n and further prompts out.", "invalid_value")
+        session = lease_name(caller, session_id) if session_id > 0 else ""
+        deadline_s = math.inf if timeout is None else started_s + timeout
         stops = StopMatcher(wanted.stop, include=wanted.include_stop) if wanted.stop else None
         choices: list[Choice] = []
         try:
@@ -165,7 +171,10 @@ class Service:
                 max_tokens = room_for_answer(wanted, len(prompt), served.session_len, default_tokens, param)
                 for i in range(wanted.n):
                     params = wanted.params(max_tokens, i)
-                    generation = served.engine.submit(prompt, params, priority=wanted.priority, salt=salt, key=caller.key)
+                    generation = served.engine.submit(
+                        prompt, params, priority=wanted.priority, salt=salt, key=caller.key, deadline_s=deadline_s, session=session,
+                        user_id=user_id,
+                    )  # fmt: skip
                     choices.append(Choice(len(choices), generation, served.tokenizer, wanted, stops))
         except (EngineError, ApiError) as error:
             for choice in choices:
@@ -173,6 +182,8 @@ class Service:
             raise self._refusal(error, param) from error
         answer = Answer(choices, wanted.n, self.metrics, started_s)
         answer.names = {name for name in (*names, wanted.values["request_id"]) if name}
+        if session:
+            answer.names.add(session_name(session_id))
         answer.key = caller.key
         self.live.add(answer)
         self.quiet.clear()
@@ -183,6 +194,12 @@ class Service:
         """For the protocols that are not OpenAI's: the fields of /v1/completions by name, the rest at their defaults."""
         defaults = {name: field.default for name, field in self.tables(_shared_table).items()}
         return read({**defaults, **fields}, fields.get("logprobs", -1))
+
+    def end_session(self, caller: Caller, session_id: int) -> None:
+        """Forget what was said, and give up its K/V."""
+        self.sessions.end(caller.key, session_id)
+        if self._served is not None:
+            self._served.engine.manager.leases.end(lease_name(caller, session_id))
 
     def running(self, name: str, caller: Caller) -> list[Answer]:
         """The caller's own live answers of that name."""
@@ -219,6 +236,16 @@ class Service:
         if refusal.code in self.metrics.refused:
             self.metrics.refused[refusal.code] += 1
         return refusal
+
+
+def lease_name(caller: Caller, session_id: int | str) -> str:
+    """Under which the engine keeps a session's K/V: no key can name another's."""
+    return f"{caller.key}/{session_id}"
+
+
+def session_name(session_id: int) -> str:
+    """Under which a session's answer runs."""
+    return f"session {session_id}"
 
 
 def _shared_table(limits: Request, model: str, session_len: int, vocab_size: int) -> Table:

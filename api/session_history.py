@@ -8,7 +8,7 @@ no HTTP.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
 MAX_SESSIONS = 1024
@@ -36,6 +36,10 @@ class SessionHistory:
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    def ids(self, key: str) -> list[int]:
+        """The numbers of the caller's sessions."""
+        return [session_id for owner, session_id in self._sessions if owner == key]
 
     def get(self, key: str, session_id: int) -> Session | None:
         """The caller's session of that number."""
@@ -68,8 +72,14 @@ class SessionHistory:
         return self._sessions.pop((key, session_id), None) is not None
 
     def _make_room(self) -> None:
+        """Of the key that has most of them, so that nobody's sessions push out another's."""
         chars = sum(session.size for session in self._sessions.values())
-        for name in [name for name, session in self._sessions.items() if not session.busy]:
-            if len(self._sessions) <= self._most and chars <= self._max_chars:
+        owned = Counter(key for key, _ in self._sessions)
+        while len(self._sessions) > self._most or chars > self._max_chars:
+            idle = [name for name, session in self._sessions.items() if not session.busy]
+            if not idle:
                 return
+            most = max(owned[key] for key, _ in idle)
+            name = next(name for name in idle if owned[name[0]] == most)
+            owned[name[0]] -= 1
             chars -= self._sessions.pop(name).size

@@ -229,7 +229,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(server: Running) -> N
         ("tools", [{"type": "function", "function": {"name": "f"}}]), ("tool_choice", "required"), ("functions", [{"name": "f"}]),
         ("response_format", {"type": "json_object"}), ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("modalities", ["text", "audio"]), ("audio", {"voice": "x"}), ("prediction", {"type": "content", "content": "x"}),
-        ("reasoning_effort", "low"), ("web_search_options", {}), ("session_id", 1), ("verbosity", "low"),
+        ("reasoning_effort", "low"), ("web_search_options", {}), ("verbosity", "low"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_yet_is_refused_by_name(server: Running, name: str, value: Any) -> None:

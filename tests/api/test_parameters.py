@@ -6,6 +6,7 @@ The tables below must name every field that the server publishes; a field that i
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,13 +56,13 @@ ENGINE: dict[str, tuple[Any, str, Any]] = {
 ONLY_CHAT = {
     "messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs", "enable_thinking", "add_generation_prompt",
     "continue_final_message", "documents", "chat_template", "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call",
-    "modalities", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options", "session_id",
+    "modalities", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options",
 }  # fmt: skip
 ONLY_TEXT = {"prompt", "best_of", "suffix"}
 REFUSED: dict[str, Any] = {
     "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required", "parallel_tool_calls": 1,
     "functions": [{"name": "f"}], "function_call": {"name": "f"}, "modalities": ["text", "audio"], "audio": {"voice": "a"},
-    "prediction": {"type": "content"}, "reasoning_effort": "low", "verbosity": "low", "web_search_options": {}, "session_id": 1,
+    "prediction": {"type": "content"}, "reasoning_effort": "low", "verbosity": "low", "web_search_options": {},
     "documents": [{}], "chat_template": "{{ messages }}", "response_format": {"type": "json_object"}, "suffix": "x",
     "spaces_between_special_tokens": False, "structured_outputs": {"json": {}}, "guided_json": {}, "guided_regex": "a", "guided_choice": ["a"],
     "guided_grammar": "root ::= a", "grammar": "root ::= a", "json_schema": {}, "regex": "a", "ebnf": "a", "adapter_name": "a",
@@ -258,15 +259,35 @@ def check_prompt(server: Running, path: str) -> None:
     assert text_of(answers(server, path, temperature=0)) == expected(path, temperature=0.0)
 
 
-def check_priority(server: Running, path: str) -> None:
-    seen: list[int] = []
+def submitted(server: Running, path: str, name: str, **fields: Any) -> Any:
+    """What `Engine.submit` was given under `name`."""
+    seen: list[Any] = []
     submit = server.engine.submit
-    server.engine.submit = lambda *a, **k: (seen.append(k["priority"]), submit(*a, **k))[1]  # type: ignore[method-assign]
+    server.engine.submit = lambda *a, **k: (seen.append(k[name]), submit(*a, **k))[1]  # type: ignore[method-assign]
     try:
-        answers(server, path, priority=-5)
+        answers(server, path, **fields)
     finally:
         del server.engine.submit  # type: ignore[method-assign]
-    assert seen == [-5]
+    return seen[0]
+
+
+def check_priority(server: Running, path: str) -> None:
+    assert submitted(server, path, "priority", priority=-5) == -5
+
+
+def check_user_id(server: Running, path: str) -> None:
+    assert submitted(server, path, "user_id", user_id="ada") == "ada"
+
+
+def check_session_id(server: Running, path: str) -> None:
+    assert submitted(server, path, "session", session_id=7) == "/7"
+    assert server.request("DELETE", "/v1/sessions/7")[0] == 200
+    assert submitted(server, path, "session", session_id=-1) == ""
+
+
+def check_timeout(server: Running, path: str) -> None:
+    left = submitted(server, path, "deadline_s", timeout=50) - time.monotonic()
+    assert 40 < left < 50
 
 
 SEEN: dict[str, Callable[[Running, str], None]] = {
@@ -277,6 +298,7 @@ SEEN: dict[str, Callable[[Running, str], None]] = {
     "add_generation_prompt": check_generation_prompt, "chat_template_kwargs": check_template_values, "enable_thinking": check_template_values,
     "cache_salt": check_salt, "add_special_tokens": check_special, "request_id": check_request_id, "model": check_model,
     "prompt": check_prompt, "messages": check_prompt, "priority": check_priority,
+    "user_id": check_user_id, "session_id": check_session_id, "timeout": check_timeout,
 }  # fmt: skip
 
 

@@ -7,6 +7,8 @@ NVML's functions and structures are those of its public API reference.
 from __future__ import annotations
 
 import ctypes
+import itertools
+import os
 from dataclasses import dataclass
 
 LIBRARY = "libnvidia-ml.so.1"
@@ -37,10 +39,21 @@ def cards() -> list[Card]:
         count = ctypes.c_uint()
         if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
             return []
-        found = [_card(nvml, index) for index in range(count.value)]
+        found = [_card(nvml, index) for index in _visible(count.value)]
         return [card for card in found if card is not None]
     finally:
         nvml.nvmlShutdown()
+
+
+def _visible(count: int) -> list[int]:
+    """NVML shows every card; CUDA only those of CUDA_VISIBLE_DEVICES, up to the first index that does not exist."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return list(range(count))
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if not all(name.isdigit() for name in names):  # UUIDs: so many cards, whichever they are
+        return list(range(min(count, len(names))))
+    return list(itertools.takewhile(lambda index: index < count, map(int, names)))
 
 
 def _card(nvml: ctypes.CDLL, index: int) -> Card | None:

@@ -37,7 +37,9 @@ class CudaDevice:
         self.cc: tuple[int, int] = (properties.major, properties.minor)
         self.multiprocessors: int = properties.multi_processor_count
         if self.cc < OLDEST:
-            raise DeviceError(f"{self.name} has compute capability {self.cc[0]}.{self.cc[1]}; the oldest that CUDA 13 compiles for is 7.5 (Turing).")
+            raise DeviceError(
+                f"{self.name} has compute capability {self.cc[0]}.{self.cc[1]}; the oldest that CUDA 13 compiles for is 7.5 (Turing)."
+            )
         self._stream = torch.cuda.Stream(self.torch_device)
         torch.cuda.set_stream(self._stream)
         self._handle = self._stream.cuda_stream
@@ -89,7 +91,7 @@ class CudaDevice:
 
     def matmul_f32(self, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
         """out float32 [rows, N] = x [rows, K] w [N, K]^T, of 16-bit inputs."""
-        torch.mm(x, w.T, out_dtype=torch.float32, out=out)
+        torch.ops.aten.mm.dtype_out(x, w.T, torch.float32, out=out)
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that the card reads while the host goes on."""
@@ -108,9 +110,13 @@ class CudaDevice:
         """(what `work` returned, replay): `work` runs once under capture, its launches happen at each replay. Tensors it
         makes live in `pool` (of `graph_pool`) and keep their addresses."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+        self._stream.synchronize()
+        # other threads (NCCL's watchdog) may go on asking the driver things
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
             result = work()
-        torch.cuda.set_stream(self._stream)
+        finally:
+            graph.capture_end()
         return result, graph.replay
 
     def graph_pool(self) -> Any:

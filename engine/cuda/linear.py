@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +119,10 @@ class Linears:
 
     def _bytes(self, array: np.ndarray) -> torch.Tensor:
         """As it is, on the card."""
-        return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self._device.torch_device, copy=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable")  # a view of the file; nobody writes to it
+            host = torch.from_numpy(np.ascontiguousarray(array))
+        return host.to(self._device.torch_device, copy=True)
 
     def _product(self, linear: Linear, out_dtype: str) -> W4Matmul | W4Portable:
         assert linear.packed is not None

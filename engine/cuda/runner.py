@@ -153,7 +153,10 @@ class CudaRunner:
 
     def _warm_up(self, session_len: int) -> None:
         """Load kernels, run the largest prompt part and a decode step, capture the graphs: no request waits for any of it."""
-        self._backend.load_kernels(self._sampler.variants)
+        for others in (False, True):  # rank 0 first: the others find in the disk cache what it compiled
+            if others == (self._ranks.rank > 0):
+                self._backend.load_kernels(self._sampler.variants)
+            self._ranks.smallest(0)
         room = min(session_len, self.num_blocks * self._config.cache.cache_block_seq_len)
         tokens = max(1, min(self._config.engine.max_prefill_token_num, room - 1))
         blocks = tuple(range(-(-min(tokens + 1, room) // self._config.cache.cache_block_seq_len)))

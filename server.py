@@ -61,7 +61,7 @@ def run(loaded: LoadedConfig) -> int:
     from api.lifecycle import Server
     from api.log import setup_logging
 
-    setup_logging(loaded.config.server.log_level)
+    setup_logging(loaded.config.server.log_level, loaded.config.server.log_format)
     for warning in loaded.warnings:
         logging.getLogger("numbatch.server").warning("%s", warning)
 

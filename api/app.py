@@ -24,6 +24,7 @@ from api.control import NO_ENDPOINT, abort_request, is_sleeping, refused, reset_
 from api.errors import ApiError, error_response, from_engine
 from api.health import live, ready
 from api.interactive import interactive
+from api.log import FIELDS, noted
 from api.messages import count_tokens, messages
 from api.metrics import metrics
 from api.models import model, models, version
@@ -135,6 +136,9 @@ async def nowhere(request: web.Request) -> web.StreamResponse:
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     started_s = time.monotonic()
     request[REQUEST_ID] = request_id(request)
+    tracing = request.app[SERVICE].tracing
+    if tracing is not None:
+        tracing.begin()
     status = 500
     try:
         response = await _checked(request, handler)
@@ -152,6 +156,9 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         return response
     finally:
         _log_request(request, status, time.monotonic() - started_s)
+        route = _shown(request)
+        if tracing is not None and route not in QUIET:
+            tracing.record(request, route, status, started_s, request[REQUEST_ID])
 
 
 async def _checked(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -227,9 +234,15 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
 
 def _log_request(request: web.Request, status: int, seconds: float) -> None:
     """Method, known route, status, time, id and counts: never a path from outside, never text."""
-    route = _route(request)
-    level = logging.DEBUG if route in QUIET else logging.INFO
+    shown = _shown(request)
+    level = logging.DEBUG if shown in QUIET else logging.INFO
     if access_log.isEnabledFor(level):
-        shown = "(unknown)" if route == "/{path}" else route
-        note = request.get(NOTE, "")
-        access_log.log(level, "%.8s %s %d %.1f ms id=%s%s", request.method, shown, status, seconds * 1e3, request[REQUEST_ID], note)
+        note, ms, method = request.get(NOTE, ""), seconds * 1e3, request.method[:8]
+        fields = {"method": method, "route": shown, "status": status, "ms": round(ms, 1), "id": request[REQUEST_ID], **noted(note)}
+        access_log.log(level, "%s %s %d %.1f ms id=%s%s", method, shown, status, ms, request[REQUEST_ID], note, extra={FIELDS: fields})
+
+
+def _shown(request: web.Request) -> str:
+    """The route as it is written down."""
+    route = _route(request)
+    return "(unknown)" if route == "/{path}" else route

@@ -26,6 +26,7 @@ from api.loading import Loaded, load, model_name
 from api.log import log_throughput, measure_lag, trace_step
 from api.protocol import Listener, tls_context
 from api.service import Service
+from api.tracing import Tracing
 from config.errors import ConfigError
 from config.schema import Config
 from engine.errors import DeviceError, EngineDead, EngineError, ModelError
@@ -133,6 +134,8 @@ class Server:
         return await self._drain(dead)
 
     async def _start(self) -> None:
+        if self.config.telemetry.otlp_endpoint:
+            self.service.tracing = Tracing(self.config.telemetry)
         self.service.reason = "loading the model"
         self._loaded = loaded = await _in_daemon_thread(lambda: load(self.config))
         self.service.engine = loaded.engine
@@ -193,6 +196,8 @@ class Server:
             if self._loaded.template is not None:
                 self._loaded.template.close()
         self.service.close()
+        if self.service.tracing is not None:
+            await self.service.tracing.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _engine(self) -> Any:

@@ -28,6 +28,7 @@ from api.response_store import ResponseStore
 from api.sampling import Wanted, read, room_for_answer, shared_fields, too_long
 from api.schema import Table, table
 from api.session_history import SessionHistory
+from api.tracing import Tracing
 from config.schema import Config, Request
 from config.version import VERSION
 from engine.errors import BadParameter, EngineDead, EngineDraining, EngineError, EngineNotReady
@@ -74,6 +75,7 @@ class Service:
         self.access = Access(config)
         self.metrics = Metrics()
         self.gate: Gate | None = None
+        self.tracing: Tracing | None = None  # where telemetry.otlp_endpoint asks for it
         self.engine: Engine | None = None
         self.reason = "starting"
         self.draining = False
@@ -208,6 +210,8 @@ class Service:
     def finished(self, answer: Answer) -> str:
         """Count a request that has ended, in whatever way; returns its part of the log line."""
         answer.close()
+        if self.tracing is not None:
+            self.tracing.ended(answer)
         if answer in self.live:
             self.live.discard(answer)
             if not self.live:

@@ -33,6 +33,9 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
     yield from _server(config)
     yield from _model(config)
     yield from _limits(config)
+    endpoint = config.telemetry.otlp_endpoint
+    if endpoint and not re.fullmatch(r"https?://[^/\s]+/\S*", endpoint):
+        yield "telemetry.otlp_endpoint", f"{endpoint!a} is no address of traces; write http://host:4318/v1/traces."
 
 
 def _server(config: Config) -> Iterator[tuple[str, str]]:

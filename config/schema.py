@@ -46,6 +46,7 @@ class Server:
     ssl_certfile: str = knob("", "TLS certificate chain (PEM); with ssl_keyfile switches TLS on.")
     ssl_keyfile: str = knob("", "TLS private key (PEM).")
     log_level: str = knob("INFO", "Least severe level that is logged.", choices=("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG"))
+    log_format: str = knob("text", "What a log record becomes: a line of text, or a JSON object on one line.", choices=("text", "json"))
     log_stats_s: float = knob(10.0, "Seconds between throughput log lines; 0 switches them off.", min=0, max=3600)
 
 
@@ -111,6 +112,14 @@ class Shutdown:
         0.0, "Seconds that the listener stays open after SIGTERM with readiness red (Kubernetes: 5).", min=0, max=600
     )
     drain_timeout_s: float = knob(30.0, "Seconds that running answers may take to finish.", min=0, max=86400)
+
+
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """Traces of requests, for a collector."""
+
+    otlp_endpoint: str = knob("", "OTLP/HTTP address for traces, as http://127.0.0.1:4318/v1/traces; empty: none (extra: otel).")
+    sample_ratio: float = knob(1.0, "Share of the requests without a traceparent that is traced.", min=0.0, max=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +213,7 @@ class Config:
     admission: Admission = Admission()
     sessions: Sessions = Sessions()
     shutdown: Shutdown = Shutdown()
+    telemetry: Telemetry = Telemetry()
     model: Model = Model()
     engine: Engine = Engine()
     cache: Cache = Cache()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 import shlex
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from api.log import FIELDS, JsonFormatter, noted
 from config.cli import load, parser
 from config.version import VERSION
 from tests.deploy.image import CACHE, ROOT, Image, environment, instructions
@@ -97,6 +100,29 @@ def test_the_rating_of_the_unit(installed: Path) -> None:
     ended: subprocess.CompletedProcess[str] = analyze("security", "--offline=yes", str(installed))
     found = re.search(r"exposure level for numbatch.service: ([\d.]+)", ended.stdout)
     assert found is not None and float(found[1]) <= float(said)
+
+
+def test_the_knobs_of_traces(tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```toml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "x.toml").write_text('[engine]\ndevice = "mock"\n' + block, encoding="utf-8")
+    found = load(parser().parse_args(["--config", str(tmp_path / "x.toml")]), {}).config.telemetry
+    assert found.otlp_endpoint == "http://127.0.0.1:4318/v1/traces" and found.sample_ratio == 0.1
+
+
+def test_the_log_line_has_the_fields_of_one() -> None:
+    (block,) = re.findall(r"^```json\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    shown = json.loads(block)
+    fields = {
+        "method": "POST",
+        "route": "/v1/completions",
+        "status": 200,
+        "ms": 71.0,
+        "id": "x",
+        **noted(" prompt=5 cached=0 output=10 choices=1 finish=length"),
+    }
+    record = logging.makeLogRecord({"name": "numbatch.access", "levelname": "INFO", "msg": "m", FIELDS: fields})
+    assert list(json.loads(JsonFormatter().format(record))) == list(shown)
+    assert {name: shown[name] for name in fields if name != "id"} == {name: value for name, value in fields.items() if name != "id"}
 
 
 def test_the_number_of_alerts() -> None:

@@ -23,6 +23,8 @@ from tests.e2e.support import ROOT, Server, free_port
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 BODY = {"model": "mock", "prompt": "a secret prompt", "max_tokens": 5, "ignore_eos": True, "n": 2}
 
+STREAMED = {"model": "mock", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "ignore_eos": True, "stream": True}
+
 
 def test_traces_and_json_logs() -> None:
     with collecting() as collector:
@@ -35,6 +37,7 @@ def test_traces_and_json_logs() -> None:
                 assert answer.status == 200
             after = time.time_ns()
             assert server.post("/v1/completions", {**BODY, "n": 0})[0] == 400
+            assert server.post_raw("/v1/chat/completions", STREAMED)[1].endswith("data: [DONE]\n\n")
             server.signal(signal.SIGTERM)  # what waits to be sent is sent
             assert server.wait(15) == 0
             log = server.log
@@ -64,6 +67,9 @@ def check_spans(collector: Any, before: int, after: int) -> None:
         assert abs(prefill.end_time_unix_nano - decode.start_time_unix_nano) < 1000
         assert decode.end_time_unix_nano - decode.start_time_unix_nano >= 4 * 5_000_000  # 4 more steps of 5 ms
         assert good.start_time_unix_nano <= queue.start_time_unix_nano and decode.end_time_unix_nano <= good.end_time_unix_nano
+    (streamed,) = collector.named("POST /v1/chat/completions")
+    assert attributes(streamed)["gen_ai.usage.output_tokens"] == 4
+    assert len([span for span in collector.spans if span.parent_span_id == streamed.span_id]) == 3
     assert not [span for span in collector.spans if "/health" in span.name]
     assert "secret" not in str(collector.spans)
 

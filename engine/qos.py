@@ -3,8 +3,8 @@
 Strict between groups: while a sequence of a better group waits, none of a worse one begins. Inside a group users get
 shares of the work in proportion to their quotas: start-time fair queueing (Goyal, Vin, Cheng 1996), the work being
 prompt ids and answer ids. It is settled at reception: what runs is never taken back for somebody's sake (memory that is
-short preempts by rank, as always). How long an answer will be is guessed from the user's last ones; the difference is
-charged, or given back, when it ends.
+short preempts by rank, as always). How long an answer will be is guessed; the difference is charged, or given back, when
+it ends.
 
 Starvation is possible and bounded: a sequence that others keep from its first step for admission.max_queue_age_s is
 refused. A quota of 0 means: when nobody else of the group waits. Standard library only; knows no clock.
@@ -19,20 +19,18 @@ from typing import NamedTuple
 from config.qos import DEFAULT_USER, QosConfig
 from engine.sequence import Sequence, Status
 
-FIRST_GUESS = 128  # ids of an answer, of a user who has had none
-LEARNING = 0.125  # weight of the last answer in the guess
+GUESS = 128  # ids of an answer, before it is known how many they are
 
 
 class Account:
     """Of one user (all unknown ones share one): `due` is the virtual time at which what they asked for will have been served."""
 
-    __slots__ = ("answer", "due", "group", "quota")
+    __slots__ = ("due", "group", "quota")
 
     def __init__(self, group: int, quota: float) -> None:
         self.group = group
         self.quota = quota
         self.due = 0.0
-        self.answer = float(FIRST_GUESS)
 
 
 class Place(NamedTuple):
@@ -40,7 +38,7 @@ class Place(NamedTuple):
 
     group: int
     turn: float
-    cost: float
+    cost: int
     account: Account
 
 
@@ -63,7 +61,7 @@ class Qos:
     def place(self, user_id: str, num_prompt: int, max_tokens: int) -> Place:
         """Where a new sequence of this user stands; charges nothing yet."""
         account = self._accounts.get(user_id, self._unknown)
-        cost = num_prompt + min(float(max_tokens), account.answer)
+        cost = num_prompt + min(max_tokens, GUESS)
         turn = max(self._clock(account.group), account.due) if account.quota else math.inf
         return Place(account.group, turn, cost, account)
 
@@ -77,11 +75,9 @@ class Qos:
     def finished(self, sequence: Sequence) -> None:
         """Charge what it really took."""
         _, _, cost, account = self._places.pop(sequence.id)
-        begun = sequence.first_scheduled_s >= 0
         if account.quota:
-            account.due += ((sequence.num_prompt + sequence.num_generated if begun else 0) - cost) / account.quota
-        if begun:
-            account.answer += LEARNING * (sequence.num_generated - account.answer)
+            taken = sequence.num_prompt + sequence.num_generated if sequence.first_scheduled_s >= 0 else 0
+            account.due += (taken - cost) / account.quota
 
     def _clock(self, group: int) -> float:
         """Sequences leave a group's line in the order of their turns, so the first that still waits says how far it is."""

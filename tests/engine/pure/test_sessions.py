@@ -58,6 +58,15 @@ def test_an_answer_that_ended_by_itself_leaves_nothing_to_compute_again() -> Non
     world.check_answers()
 
 
+def test_a_history_that_is_all_there_leaves_its_last_id_to_compute() -> None:
+    """Nothing new is said, and every position has its K/V: the id to go on from is computed once more."""
+    world = World(64, 4)
+    first = turn(world, [], [1, 2, 3, 4, 0], max_tokens=30, eos=(0, 1, 2, 3))
+    assert leased(world).num_tokens == len(first.token_ids)
+    assert prefilled(world, turn(world, first.token_ids, [], max_tokens=2)) == 1
+    world.check_answers()
+
+
 def test_a_turn_that_is_sampled_alone_needs_no_step_of_its_prompt() -> None:
     """Steps of one token: a turn of one new word is one decode row, as if the answer had gone on."""
     world = World(64, 4, depth=1)
@@ -235,6 +244,12 @@ def test_numbers_that_are_not_finite_are_not_kept() -> None:
     assert turn(world, [], shared, session="other", max_tokens=3).num_cached == 0
 
 
+def test_numbers_that_are_not_finite_are_not_kept_in_a_block_that_nobody_else_finds_either() -> None:
+    world = World(8, 16)
+    seq = turn(world, [], [1, 1, 1], bad_at=4, max_tokens=9)
+    assert seq.finish_reason is FinishReason.ERROR and len(world.manager.leases) == 0
+
+
 # -- memory is short --------------------------------------------------------------------------------------------
 
 
@@ -363,6 +378,19 @@ def pinned_manager() -> CacheManager:
     manager.leases.close(lease)
     manager.check_integrity([])
     return manager
+
+
+@pytest.mark.parametrize("by", ["a sequence", "a lease"])
+def test_a_block_that_others_hold_is_not_written_on(by: str) -> None:
+    manager = pinned_manager()
+    lease = manager.leases.get("s")
+    assert lease is not None and manager.match([1, 2, 3, 4], b"", lease).num_cached == 3
+    block = manager._pool.blocks[lease.table[1]]
+    manager._pool.share(block)
+    if by == "a lease":
+        manager._pool.pin(block)
+        manager._pool.drop(block, keep=False)
+    assert manager.match([1, 2, 3, 4], b"", lease).num_cached == 2
 
 
 def corrupt_pins(manager: CacheManager) -> None:

@@ -18,7 +18,9 @@ from api.errors import ApiError
 from config.checks import is_loopback
 from config.schema import Config
 
-PUBLIC = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})  # canonical routes that need no key
+PUBLIC = frozenset({  # canonical routes that need no key; the page at / is the same for every server and holds no data
+    "/", "/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready",
+})  # fmt: skip
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")

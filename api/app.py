@@ -32,6 +32,7 @@ from api.openapi import docs, openapi
 from api.responses import cancel_response, delete_response, get_response, list_input_items, responses
 from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Service
 from api.sessions import delete_session, get_session, list_sessions
+from api.status import status_json, status_page
 from api.tokenize import detokenize, tokenize
 from engine.errors import EngineError
 
@@ -39,7 +40,9 @@ log = logging.getLogger("numbatch.http")
 access_log = logging.getLogger("numbatch.access")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-QUIET = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/v2/health/live", "/v2/health/ready"})  # logged at DEBUG only
+QUIET = frozenset({  # asked again and again: logged at DEBUG only
+    "/health", "/health/live", "/health/ready", "/metrics", "/status.json", "/v2/health/live", "/v2/health/ready",
+})  # fmt: skip
 CLIENT_GONE = 499
 
 
@@ -74,6 +77,8 @@ GET: dict[str, Handler] = {
     "/is_sleeping": is_sleeping,
     "/openapi.json": openapi,
     "/docs": docs,
+    "/": status_page,
+    "/status.json": status_json,
     "/v1/models": models,
     "/v1/models/{model:.+}": model,
     "/v1/responses/{id}": get_response,

@@ -123,6 +123,8 @@ def _paths(service: Service) -> Schema:
         "/health/ready": {"get": _health("The same.")},
         "/health/live": {"get": _health("Is the engine alive?")},
         "/metrics": {"get": _text("Counters for Prometheus.", "text/plain")},
+        "/": {"get": {**_text("A page that shows the server at work.", "text/html"), "security": []}},
+        "/status.json": {"get": _get("What the page at / shows: memory, blocks, sequences, counters.", {"type": "object"})},
         "/openapi.json": {"get": _get("This document.", {"type": "object"})},
         "/docs": {"get": _text("This document as a page.", "text/html")},
     }

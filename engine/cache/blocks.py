@@ -40,7 +40,7 @@ class BlockState(IntEnum):
 class Block:
     """One KV block. `entry` is what the prefix index says it holds; several blocks may hold the same content."""
 
-    __slots__ = ("entry", "fences", "id", "pins", "refs", "state")
+    __slots__ = ("entry", "fences", "id", "pins", "refs", "since_s", "state")
 
     def __init__(self, block_id: int) -> None:
         self.id = block_id
@@ -49,6 +49,7 @@ class Block:
         self.fences = 0  # of these, fences
         self.pins = 0  # leases that keep it from being evicted
         self.entry: Entry | None = None
+        self.since_s = 0.0  # `BlockPool.now_s` when it became ACTIVE or CACHED
 
 
 class BlockPool:
@@ -66,6 +67,7 @@ class BlockPool:
         self._num_idle = 0  # CACHED blocks that are pinned; they are not among `_cached`
         self.num_pinned = 0  # CACHED or ACTIVE
         self.num_evictions = 0
+        self.now_s = 0.0  # what the caller says the time is
 
     @property
     def num_free(self) -> int:
@@ -92,7 +94,7 @@ class BlockPool:
             else:
                 self._on_short()
         block = self.blocks[self._free.pop()]
-        block.state, block.refs = BlockState.ACTIVE, 1
+        block.state, block.refs, block.since_s = BlockState.ACTIVE, 1, self.now_s
         return block
 
     def share(self, block: Block) -> None:
@@ -104,7 +106,7 @@ class BlockPool:
                 self._num_idle -= 1
             else:
                 del self._cached[block.id]
-            block.state = BlockState.ACTIVE
+            block.state, block.since_s = BlockState.ACTIVE, self.now_s
         block.refs += 1
 
     def drop(self, block: Block, keep: bool) -> None:
@@ -115,7 +117,7 @@ class BlockPool:
         if block.refs:
             return
         if block.pins:
-            block.state = BlockState.CACHED
+            block.state, block.since_s = BlockState.CACHED, self.now_s
             self._num_idle += 1
         else:
             self._leave(block, keep)
@@ -156,7 +158,8 @@ class BlockPool:
 
     def _leave(self, block: Block, keep: bool) -> None:
         if keep:
-            block.state = BlockState.CACHED
+            if block.state is not BlockState.CACHED:
+                block.state, block.since_s = BlockState.CACHED, self.now_s
             self._cached[block.id] = None
         else:
             self._set_free(block)

@@ -51,6 +51,11 @@ class CacheManager:
         self._fenced: deque[tuple[int, list[int]]] = deque()  # (last step that may touch the blocks, table)
 
     @property
+    def blocks(self) -> list[Block]:
+        """All of them, for who looks on (the status page); only the pool changes them."""
+        return self._pool.blocks
+
+    @property
     def num_free(self) -> int:
         return self._pool.num_free
 

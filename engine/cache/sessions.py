@@ -126,7 +126,7 @@ class Leases:
 
     def expire(self, now: float) -> None:
         """Give up what has passed its deadline."""
-        self._now = max(self._now, now)
+        self._now = self._pool.now_s = max(self._now, now)
         while self._pinned and (lease := next(iter(self._pinned.values()))).expires_s <= now:
             self.num_expired += 1
             self._give_up(lease)

@@ -56,7 +56,7 @@ def test_every_route_of_the_application_needs_a_key(server: Running) -> None:
 
 
 def test_health_needs_none(server: Running) -> None:
-    assert {"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"} == PUBLIC_ROUTES
+    assert {"/", "/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"} == PUBLIC_ROUTES
     for path in PUBLIC_ROUTES:
         assert server.request("GET", path)[0] == 200
 

@@ -21,7 +21,7 @@ from api.counters import FIRST_TOKEN_S, REQUEST_S, STEP_TOKENS, TOKEN_S
 from api.log import log_throughput
 from tests.api.harness import Running, mock_config, post_bytes, serving, until
 
-SKIPPED = ("/docs", "/openapi.json", "/metrics", "/sleep")  # a server that sleeps refuses what comes after
+SKIPPED = ("/", "/docs", "/openapi.json", "/metrics", "/sleep")  # a server that sleeps refuses what comes after
 EXAMPLES = 12  # of each operation; the acceptance run takes 2,000 and more
 
 

@@ -101,6 +101,9 @@ class Leases:
         """Pin what a sequence leaves behind, while it still holds it. Nothing happens when the session has ended meanwhile."""
         if self._leases.get(lease.name) is not lease:
             return
+        if len(table) > self._most_blocks:  # it would break every other lease and then itself
+            self.num_broken += 1
+            table, ids, num_tokens = [], [], 0
         old = self._take(lease)
         for block_id in table:
             self._pool.pin(self._pool.blocks[block_id])

@@ -81,7 +81,7 @@ def test_the_partly_filled_block_is_taken_over() -> None:
     first = turn(world, [], [1, 2, 3, 4, 0], max_tokens=2)
     lease = leased(world)
     assert len(lease.table) == 2 and lease.num_tokens == 6 and world.manager.num_pinned == 2
-    block = world.manager._pool.blocks[lease.table[1]]
+    block = world.manager.blocks[lease.table[1]]
     assert (block.state, block.refs, block.pins, block.entry) == (BlockState.CACHED, 0, 1, None)
     table = list(lease.table)
     seq = world.add(first.token_ids + [1], session="s", max_tokens=3)
@@ -279,14 +279,14 @@ def test_running_sequences_break_every_lease_before_one_waits() -> None:
 
 
 def test_leases_keep_to_their_share() -> None:
-    world = World(20, 1, limits=LeaseLimits(max_pool_share=0.5))
+    world = World(40, 1, limits=LeaseLimits(max_pool_share=0.25))
     for name in "abcd":
         turn(world, [], [ord(name) % VOCAB, 1, 2], session=name, max_tokens=2)
         assert world.manager.num_pinned <= 10
     assert sorted(world.manager.leases.names()) == ["c", "d"]
     turn(world, [], [1] * 12, session="large", max_tokens=2)
-    assert world.manager.leases.names() == [] and world.manager.num_pinned == 0, "larger than the whole share: not pinned"
-    assert world.manager.num_cached > 0
+    assert sorted(world.manager.leases.names()) == ["c", "d"], "what is larger than the whole share breaks nobody: it is not pinned"
+    assert world.manager.num_cached > 13, "but cached"
 
 
 def test_only_so_many_sessions_are_kept() -> None:
@@ -385,7 +385,7 @@ def test_a_block_that_others_hold_is_not_written_on(by: str) -> None:
     manager = pinned_manager()
     lease = manager.leases.get("s")
     assert lease is not None and manager.match([1, 2, 3, 4], b"", lease).num_cached == 3
-    block = manager._pool.blocks[lease.table[1]]
+    block = manager.blocks[lease.table[1]]
     manager._pool.share(block)
     if by == "a lease":
         manager._pool.pin(block)
@@ -394,7 +394,7 @@ def test_a_block_that_others_hold_is_not_written_on(by: str) -> None:
 
 
 def corrupt_pins(manager: CacheManager) -> None:
-    manager._pool.blocks[0].pins += 1
+    manager.blocks[0].pins += 1
 
 
 def corrupt_idle(manager: CacheManager) -> None:
@@ -434,6 +434,6 @@ def test_a_written_block_is_pinned_by_nobody() -> None:
     manager = pinned_manager()
     lease = manager.leases.get("s")
     assert lease is not None
-    manager._pool.share(manager._pool.blocks[lease.table[1]])
+    manager._pool.share(manager.blocks[lease.table[1]])
     with pytest.raises(IntegrityError, match="a lease pins it"):
         manager.check_writable(lease.table, 1)

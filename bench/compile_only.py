@@ -86,7 +86,7 @@ def operations(library: Library, device: Any, model: Model, dtype: str) -> Itera
     """What a rank with this model would make."""
     m = model
     yield from (RmsNorm(library, m.hidden, dtype), AddRmsNorm(library, m.hidden, dtype), SiluMul(library, m.inner, dtype))
-    yield from (Embed(library, m.hidden), TakeRows(library, m.hidden), ApplyUpdates(library))
+    yield from (Embed(library, m.hidden, dtype), TakeRows(library, m.hidden), ApplyUpdates(library))
     yield GpuSampler(library, device, 1, m.vocab)
     yield RopeStore(library, m.heads, m.kv_heads, m.head_dim, m.head_dim, m.block_seq_len, dtype, qk_norm=m.qk_norm)
     if device.cc < OLDEST_MMA:

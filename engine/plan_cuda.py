@@ -90,11 +90,11 @@ def makes_dense_copy(config: Config, copy_bytes: int, free_after_weights: int) -
 
 
 def activation_widths(spec: ModelSpec, share: Share) -> dict[str, int]:
-    """Elements a token of each buffer that a step's operations write to."""
+    """16-bit elements a token of each buffer that a step's operations write to; the residual stream is float32."""
     q, kv = share.heads * spec.head_dim, share.kv_heads * spec.head_dim
     return {
         "hidden": spec.hidden_size,
-        "residual": spec.hidden_size,
+        "residual": 2 * spec.hidden_size,
         "normed": spec.hidden_size,
         "qkv": q + 2 * kv,
         "attended": q,

@@ -81,7 +81,7 @@ class CudaBackend:
         self._taken = torch.empty((knobs.max_batch_size + MAX_SCORED, spec.hidden_size), **self._place)
         self._logits = torch.empty((knobs.max_batch_size + MAX_SCORED, spec.vocab_size), dtype=torch.float32, device=device.torch_device)
         hidden = spec.hidden_size
-        self._embed, self._take, self._updates = Embed(library, hidden), TakeRows(library, hidden), ApplyUpdates(library)
+        self._embed, self._take, self._updates = Embed(library, hidden, dtype), TakeRows(library, hidden), ApplyUpdates(library)
         self._rms_norm, self._add_rms_norm = RmsNorm(library, hidden, dtype), AddRmsNorm(library, hidden, dtype)
         self._silu_mul = SiluMul(library, self._intermediate, dtype)
         rope_dim = spec.rope.rotary_dim or spec.head_dim
@@ -182,7 +182,7 @@ class CudaBackend:
         return None
 
     def embed(self, table: torch.Tensor, step: Step) -> Array:
-        out = self._buffers.get("residual", step.num_tokens)
+        out = self._buffers.get("residual", step.num_tokens).view(torch.float32)
         self._embed(table, self._state.ids, step.token_slots, step.positions, out)
         return out
 

@@ -4,9 +4,10 @@
 Knows no model and owns no memory.
 
 Layout: rows of 16-bit numbers, consecutive, of a multiple of 8 numbers, so that every access is one of 128 bits (8 numbers, a
-"vector"); norm weights are float32.
+"vector"). The residual stream and norm weights are float32: what every layer adds to is not rounded at every layer.
 
-    x, residual, out   [T, hidden]           gate_up [T, gate I | up I] -> out [T, I]
+    residual           float32 [T, hidden]
+    x, out             [T, hidden]           gate_up [T, gate I | up I] -> out [T, I]
     weight             float32 [hidden]      ids [slots + 1, session_len + 1], tables [slots + 1, blocks_per_slot] int32
 
 Work split:
@@ -17,7 +18,7 @@ Work split:
     silu_mul    one thread a vector of `out`
     copies      one thread block a row
 
-Add: the sum is rounded to the computing dtype before its square is taken, so that `AddRmsNorm` is exactly "add, then RmsNorm".
+`AddRmsNorm` is exactly "add, then RmsNorm".
 Portable: float16 variants use no instruction that compute capability 7.5 lacks.
 
 Versions tried: none was measured yet; threads a row is a factory constant so that it can be.
@@ -53,7 +54,7 @@ def norm_threads(hidden: int) -> int:
 
 
 def rms_norm(hidden: int, dtype: str, add: bool, threads: int) -> Kernel:
-    """add: (x, residual, weight, out, eps), else (x, weight, out, eps)."""
+    """add: (x, residual, weight, out, eps), else (residual, weight, out, eps)."""
     pack, low, high = PACK[dtype], ptx.LOW[dtype], ptx.HIGH[dtype]
     vectors = hidden // VECTOR
     rounds = -(-vectors // threads)  # vectors of a thread
@@ -104,33 +105,48 @@ def rms_norm(hidden: int, dtype: str, add: bool, threads: int) -> Kernel:
             else:
                 packed[4 * r], packed[4 * r + 1], packed[4 * r + 2], packed[4 * r + 3] = u32(0), u32(0), u32(0), u32(0)
 
-    def norm_kernel(x, weight, out, eps):  # type: ignore[no-untyped-def]
+    @cuda.jit(device=True, inline="always")
+    def load_wide(row: Any, values: Any) -> None:
+        """float32 numbers of the row, 0 beyond it."""
+        thread = i32(cuda.threadIdx.x)
+        for r in range(rounds):
+            at = thread + i32(r * threads)
+            for half in range(2):
+                first = 8 * r + 4 * half
+                if whole or at < i32(vectors):
+                    w = ptx.load_128(row + u64(u32(at) * u32(32)) + u64(16 * half))
+                    values[first], values[first + 1] = ptx.float_of_bits(w[0]), ptx.float_of_bits(w[1])
+                    values[first + 2], values[first + 3] = ptx.float_of_bits(w[2]), ptx.float_of_bits(w[3])
+                else:
+                    values[first], values[first + 1], values[first + 2], values[first + 3] = zero, zero, zero, zero
+
+    def norm_kernel(residual, weight, out, eps):  # type: ignore[no-untyped-def]
         row = u64(cuda.blockIdx.x) * u64(row_bytes)
-        packed = cuda.local.array(words, u32)
         values = cuda.local.array(numbers, f32)
         partial = cuda.shared.array(32, f32)
-        load(ptx.address(x) + row, packed)
-        for i in range(words):
-            values[2 * i], values[2 * i + 1] = low(packed[i]), high(packed[i])
+        load_wide(ptx.address(residual) + row + row, values)
         normalise(values, weight, ptx.address(out) + row, eps, partial)
 
     def add_norm_kernel(x, residual, weight, out, eps):  # type: ignore[no-untyped-def]
         thread = i32(cuda.threadIdx.x)
         row = u64(cuda.blockIdx.x) * u64(row_bytes)
         packed = cuda.local.array(words, u32)
-        second = cuda.local.array(words, u32)
         values = cuda.local.array(numbers, f32)
         partial = cuda.shared.array(32, f32)
         load(ptx.address(x) + row, packed)
-        load(ptx.address(residual) + row, second)
+        load_wide(ptx.address(residual) + row + row, values)
         for i in range(words):
-            packed[i] = pack(low(packed[i]) + low(second[i]), high(packed[i]) + high(second[i]))
-            values[2 * i], values[2 * i + 1] = low(packed[i]), high(packed[i])
+            values[2 * i], values[2 * i + 1] = values[2 * i] + low(packed[i]), values[2 * i + 1] + high(packed[i])
         for r in range(rounds):
             at = thread + i32(r * threads)
             if whole or at < i32(vectors):
-                to = ptx.address(residual) + row + u64(u32(at) * u32(16))
-                ptx.store_128(to, packed[4 * r], packed[4 * r + 1], packed[4 * r + 2], packed[4 * r + 3])
+                to = ptx.address(residual) + row + row + u64(u32(at) * u32(32))
+                for half in range(2):
+                    first = 8 * r + 4 * half
+                    ptx.store_128(
+                        to + u64(16 * half), ptx.bits_of_float(values[first]), ptx.bits_of_float(values[first + 1]),
+                        ptx.bits_of_float(values[first + 2]), ptx.bits_of_float(values[first + 3]),
+                    )  # fmt: skip
         normalise(values, weight, ptx.address(out) + row, eps, partial)
 
     if add:
@@ -163,21 +179,24 @@ def silu_mul(intermediate: int, dtype: str, threads: int) -> Kernel:
     return Kernel(kernel, (WORDS, WORDS, i32), threads)
 
 
-def embed(hidden: int) -> Kernel:
+def embed(hidden: int, dtype: str) -> Kernel:
     """(table, ids, ids of a slot, token_slots, positions, out)."""
     vectors, threads = hidden // VECTOR, COPY_THREADS
+    low, high, bits = ptx.LOW[dtype], ptx.HIGH[dtype], ptx.bits_of_float
     rounds, whole = -(-vectors // threads), vectors % threads == 0
 
     def kernel(table, ids, stride, token_slots, positions, out):  # type: ignore[no-untyped-def]
         token, thread = i32(cuda.blockIdx.x), i32(cuda.threadIdx.x)
         at = u64(token_slots[token]) * u64(stride) + u64(positions[token])
         source = ptx.address(table) + u64(ids[at]) * u64(2 * hidden)
-        to = ptx.address(out) + u64(token) * u64(2 * hidden)
+        to = ptx.address(out) + u64(token) * u64(4 * hidden)
         for r in range(rounds):
             vector = thread + i32(r * threads)
             if whole or vector < i32(vectors):
                 a, b, c, d = ptx.load_constant_128(source + u64(u32(vector) * u32(16)))
-                ptx.store_128(to + u64(u32(vector) * u32(16)), a, b, c, d)
+                place = to + u64(u32(vector) * u32(32))
+                ptx.store_128(place, bits(low(a)), bits(high(a)), bits(low(b)), bits(high(b)))
+                ptx.store_128(place + u64(16), bits(low(c)), bits(high(c)), bits(low(d)), bits(high(d)))
 
     return Kernel(kernel, (WORDS, INTS, i32, INTS, INTS, WORDS), threads)
 
@@ -227,7 +246,7 @@ def _check_width(what: str, width: int, most: int = 1 << 20) -> None:
 
 
 class RmsNorm:
-    """out = rms_norm(x) * weight. x, out [T, hidden] in the computing dtype (may be the same memory), weight float32 [hidden]."""
+    """out = rms_norm(residual) * weight. residual float32 [T, hidden], out in the computing dtype, weight float32 [hidden]."""
 
     def __init__(self, library: Library, hidden: int, dtype: str, threads: int = 0) -> None:
         _check_width("hidden", hidden, MAX_HIDDEN)
@@ -235,17 +254,16 @@ class RmsNorm:
         self._variant = Variant(__name__, "rms_norm", (hidden, dtype, False, threads or norm_threads(hidden)))
         self.variants = (self._variant,)
 
-    def __call__(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float) -> None:
-        check_rows("x", x, len(out), self._hidden, self._dtype)
+    def __call__(self, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float) -> None:
+        check_rows("residual", residual, len(out), self._hidden, torch.float32)
         check_rows("out", out, len(out), self._hidden, self._dtype)
         if len(out):
-            self._library[self._variant](len(out), x, weight, out, eps)
+            self._library[self._variant](len(out), residual, weight, out, eps)
 
 
 class AddRmsNorm:
-    """residual += x, out = rms_norm(residual) * weight. All [T, hidden] in the computing dtype, weight float32 [hidden].
-
-    `out` may be the memory of x.
+    """residual += x, out = rms_norm(residual) * weight. [T, hidden], x and out in the computing dtype, residual float32; weight
+    float32 [hidden]. `out` may be the memory of x.
     """
 
     def __init__(self, library: Library, hidden: int, dtype: str, threads: int = 0) -> None:
@@ -255,7 +273,8 @@ class AddRmsNorm:
         self.variants = (self._variant,)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float) -> None:
-        for what, rows in (("x", x), ("residual", residual), ("out", out)):
+        check_rows("residual", residual, len(out), self._hidden, torch.float32)
+        for what, rows in (("x", x), ("out", out)):
             check_rows(what, rows, len(out), self._hidden, self._dtype)
         if len(out):
             self._library[self._variant](len(out), x, residual, weight, out, eps)
@@ -279,19 +298,19 @@ class SiluMul:
 
 
 class Embed:
-    """out[t] = table[ids[token_slots[t], positions[t]]]; table [vocab, hidden] and out [T, hidden] of one 16-bit dtype."""
+    """out[t] = table[ids[token_slots[t], positions[t]]]; table [vocab, hidden] in the computing dtype, out float32 [T, hidden]."""
 
-    def __init__(self, library: Library, hidden: int) -> None:
+    def __init__(self, library: Library, hidden: int, dtype: str) -> None:
         _check_width("hidden", hidden)
-        self._library, self._hidden = library, hidden
-        self._variant = Variant(__name__, "embed", (hidden,))
+        self._library, self._hidden, self._dtype = library, hidden, DTYPES[dtype]
+        self._variant = Variant(__name__, "embed", (hidden, dtype))
         self.variants = (self._variant,)
 
     def __call__(
         self, table: torch.Tensor, ids: torch.Tensor, token_slots: torch.Tensor, positions: torch.Tensor, out: torch.Tensor
     ) -> None:
-        check_rows("table", table, len(table), self._hidden, out.dtype)
-        check_rows("out", out, len(positions), self._hidden, out.dtype)
+        check_rows("table", table, len(table), self._hidden, self._dtype)
+        check_rows("out", out, len(positions), self._hidden, torch.float32)
         if len(out):
             self._library[self._variant](len(out), table, ids, ids.stride(0), token_slots, positions, out)
 

@@ -193,7 +193,7 @@ def test_lines_are_buffers(tmp_path: Path) -> None:
     path = toy_checkpoint(tmp_path / "x", dtype="bfloat16")
     p = planned(path, max_batch_size=8, max_prefill_token_num=32)
     heads, kv = 4 * 16, 2 * 16
-    assert p.workspace["activations"] == 2 * 32 * (3 * 64 + (heads + 2 * kv) + heads + 3 * 128) + 2 * (8 + 64) * 64
+    assert p.workspace["activations"] == 2 * 32 * (4 * 64 + (heads + 2 * kv) + heads + 3 * 128) + 2 * (8 + 64) * 64
     assert p.workspace["logits"] == (8 + 64) * 260 * 4 and p.workspace["rope tables"] == 513 * 16 * 4
     assert p.workspace["batch tables"] == 9 * (513 + 9) * 4
     assert p.dtype == "bfloat16" and p.ranks == 1

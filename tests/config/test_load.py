@@ -48,7 +48,7 @@ def test_precedence_and_origins(write: Any) -> None:
     environ = {"NUMBATCH_ENGINE_TP": "4", "NUMBATCH_ENGINE_MAX_BATCH_SIZE": "5", "HOME": "/"}
     loaded = load_config(path, sets=["engine.tp=8"], environ=environ)
     engine = loaded.config.engine
-    assert (engine.tp, engine.max_batch_size, engine.num_threads, engine.max_prefill_token_num) == (8, 5, 4, 512)
+    assert (engine.tp, engine.max_batch_size, engine.num_threads, engine.max_prefill_token_num) == (8, 5, 4, 0)
     assert loaded.origins["engine.tp"] == "--set"
     assert loaded.origins["engine.max_batch_size"] == "environment NUMBATCH_ENGINE_MAX_BATCH_SIZE"
     assert loaded.origins["engine.num_threads"] == f"file {path}"
@@ -145,7 +145,7 @@ REFUSED = [
     ("[engine]\ntp = -1", "x.toml:engine.tp: must be between 1 and 64, not -1."),
     ("[cache]\ncache_max_bytes = -1", "x.toml:cache.cache_max_bytes: must be at least 0, not -1."),
     ("[cache]\ncache_block_seq_len = 48", "x.toml:cache.cache_block_seq_len: must be one of 1, 2, 4, 8, 16, 32, 64, 128; not 48."),
-    ('[engine]\ndevice = "cuba"', "x.toml:engine.device: must be one of auto, cpu, reference, mock; not cuba."),
+    ('[engine]\ndevice = "cuba"', "x.toml:engine.device: must be one of auto, cpu, cuda, reference, mock; not cuba. Did you mean cuda?"),
     ('[model]\ndtype = "bfloat"', "not bfloat. Did you mean bfloat16?"),
     # hostile numbers and nesting
     ("[engine]\ntp = " + "9" * 5000, "x.toml:engine.tp: the number has too many digits."),

@@ -14,9 +14,16 @@ import pytest
 from tests.house.tree import ROOMS, ROOT, files, imports, program, python_files
 
 # import name -> distribution, where they differ
-DISTRIBUTION = {"langchain_core": "langchain-openai", "langchain_openai": "langchain-openai", "_pytest": "pytest", "cuda": "cuda-bindings"}
+DISTRIBUTION = {
+    "langchain_core": "langchain-openai",
+    "langchain_openai": "langchain-openai",
+    "_pytest": "pytest",
+    "cuda": "cuda-bindings",
+    "yaml": "pyyaml",
+    "opentelemetry": "opentelemetry-sdk",
+}
 # used through another library or a tool, never imported by name
-UNIMPORTED = {"mypy", "ruff", "pytest-cov", "pytest-timeout", "pytest-xdist", "numba-cuda"}
+UNIMPORTED = {"mypy", "ruff", "pytest-cov", "pytest-timeout", "pytest-xdist", "numba-cuda", "opentelemetry-exporter-otlp-proto-http"}
 LENT = {"torch"}  # may be imported by tests as well
 
 

@@ -91,6 +91,7 @@ class Admission:
     max_requests: int = knob(512, "Sequences waiting or running; one more is answered 503.", min=1, max=1 << 20)
     max_requests_per_key: int = knob(512, "The same for one API key; one more is answered 429.", min=1, max=1 << 20)
     max_queue_tokens: int = knob(0, "Prompt tokens that may wait; 0 means four times the KV pool.", min=0)
+    max_queue_tokens_per_key: int = knob(0, "The same of one API key, answered 429; 0: no bound of its own.", min=0)
     max_queue_age_s: float = knob(30.0, "Longest wait for a first step, seconds; then 503.", min=0.1, max=3600)
     qos_config_path: str = knob("", "JSON file with user groups and quotas, for requests that carry user_id; empty: none.")
 

@@ -1,6 +1,7 @@
 """Who may still come in: the bounds on sequences, on those of one API key, and on prompt tokens that wait.
 
-Everything here runs on the event loop, at every submit, so it must not walk the queue each time. Knows no HTTP: a refusal is
+Everything here runs on the event loop, at every submit, so it must not walk the queue each time (one bound, off by default,
+does). Knows no HTTP: a refusal is
 `QueueFull`, with the seconds after which about one more sequence will have finished.
 """
 
@@ -37,6 +38,10 @@ class Admission:
         elif self._per_key[key] >= limits.max_requests_per_key:
             message = f"This API key already has {limits.max_requests_per_key} sequences; try again later."
             raise QueueFull(message, self._retry_after_s(len(waiting)), per_key=True)
+        elif (mine := self._waiting_of(key, waiting)) and mine + num_prompt > limits.max_queue_tokens_per_key:
+            bound = limits.max_queue_tokens_per_key
+            message = f"{mine} prompt tokens of this API key already wait, the bound is {bound}; try again later."
+            raise QueueFull(message, self._retry_after_s(len(waiting)), per_key=True)
         elif waiting and self.waiting_tokens(waiting) + num_prompt > self._most_waiting_tokens:
             bound = self._most_waiting_tokens
             message = f"{self.waiting_tokens(waiting)} prompt tokens already wait, the bound is {bound}; try again later."
@@ -65,6 +70,12 @@ class Admission:
         if self._waiting_tokens is None:
             self._waiting_tokens = sum(sequence.num_tokens for sequence in waiting)
         return self._waiting_tokens
+
+    def _waiting_of(self, key: str, waiting: Iterable[Sequence]) -> int:
+        """Tokens of one key that wait; 0 where that has no bound. Walks the line, which admission keeps short."""
+        if not self._limits.max_queue_tokens_per_key:
+            return 0
+        return sum(sequence.num_tokens for sequence in waiting if self._keys.get(sequence.id) == key)
 
     def _retry_after_s(self, num_waiting: int) -> int:
         """Seconds until the line will have moved on, at the rate of the finishes seen last; 1 .. LONGEST_RETRY_S."""

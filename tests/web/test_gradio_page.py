@@ -1,0 +1,128 @@
+"""`numbatch serve gradio`: the talks behind its buttons, its command line, and the page in a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from api.remote import APIClient
+from cli import serve_gradio
+from cli.arguments import UsageError
+from cli.serve_gradio import Talks, main, plain, to_answer
+from tests.api.harness import Running, mock_config, serving, until
+from tests.web.browser import browser, needs_browser
+
+ENDLESS = {"max_tokens": 380, "ignore_eos": True, "temperature": 0.0}
+ASK = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def slow() -> Iterator[Running]:
+    """A step takes 20 ms: an answer can be stopped."""
+    with serving(mock_config(engine={"mock_step_s": 0.02})) as running:
+        yield running
+        running.settled()
+
+
+def test_an_answer_grows_and_stop_ends_it_here_and_on_the_server(slow: Running) -> None:
+    with APIClient(slow.url) as client:
+        talks = Talks(client)
+        seen: list[str] = []
+        for text in talks.answer("one", ASK, ENDLESS):
+            seen.append(text)
+            if len(seen) == 4:
+                talks.stop("two")  # somebody else's
+                assert slow.service.live
+                talks.stop("one")
+        assert 4 <= len(seen) < 12 and all(b.startswith(a) for a, b in zip(seen, seen[1:], strict=False))
+        slow.settled()
+        talks.stop("one")  # nothing runs any more
+
+
+def test_stop_before_the_first_token(slow: Running) -> None:
+    with APIClient(slow.url) as client, APIClient(slow.url) as other:
+        talks = Talks(client)
+        done: list[list[str]] = []
+        thread = threading.Thread(target=lambda: done.append(list(talks.answer("one", ASK, ENDLESS))))
+        thread.start()
+        until(lambda: bool(slow.service.live), 5, "the request did not begin")
+        talks._client = other
+        talks.stop("one")
+        thread.join(5)
+        assert done and len(done[0][-1]) < 300
+        slow.settled()
+
+
+def test_messages_are_plain_text() -> None:
+    history = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}], "metadata": None},
+        {"role": "assistant", "content": "b", "options": None},
+    ]
+    assert plain(history) == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert to_answer(history) == history[:1] and to_answer(history[1:]) == [] and to_answer([]) == []
+
+
+def test_without_gradio_a_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UsageError, match=r"numbatch\[web\]"):
+        main(["http://127.0.0.1:9"])
+
+
+def test_the_command_line_says_what_it_cannot_do(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gradio")
+    with pytest.raises(UsageError, match="--restful-api False"):
+        main(["http://127.0.0.1:9", "--restful-api", "False"])
+    assert main(["http://127.0.0.1:9"]) == 1
+    assert "Nobody answers at http://127.0.0.1:9" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([])
+
+
+@needs_browser
+def test_a_browser_sends_watches_stops_and_regenerates(slow: Running) -> None:
+    gradio = pytest.importorskip("gradio")
+
+    async def use(address: str) -> None:
+        async with browser() as page:
+            await page.open(address)
+            await page.until("!!document.querySelector('#text textarea')")
+            text = (
+                "(Array.from(document.querySelectorAll('#chat .bot.message, #chat [data-testid=bot]')).pop() || {innerText: ''}).innerText"
+            )
+            await page.value("document.querySelector('#text textarea').focus()")
+            await page.type("hello page")
+            await page.value("document.querySelector('#send').click()")
+            await page.until(f"{text}.trim().length > 5")
+            early = len(await page.value(text))
+            assert slow.service.live, "the answer came in one piece"
+            await page.until(f"{text}.length > {early}")  # it streams
+            await page.value("document.querySelector('#stop').click()")
+            await asyncio.to_thread(until, lambda: not slow.service.live, 5, "stop did not reach the server")
+            await asyncio.sleep(0.5)
+            assert "hello page" in await page.value("document.querySelector('#chat').innerText")
+            stopped = await page.value(text)
+            assert len(stopped) >= early
+            await page.value("document.querySelector('#again').click()")
+            await asyncio.to_thread(until, lambda: bool(slow.service.live), 5, "regenerate asked nothing")
+            await page.value("document.querySelector('#stop').click()")
+            await asyncio.to_thread(until, lambda: not slow.service.live, 5, "stop did not reach the server")
+            assert await page.value("document.querySelectorAll('#sampling').length") == 1
+            await page.value("document.querySelector('#clear').click()")
+            await page.until("!document.querySelector('#chat').innerText.includes('hello page')")
+            assert not page.errors
+            assert all(url.startswith((address, "data:", "blob:", address.replace("http", "ws"))) for url in page.requests), page.requests
+
+    with APIClient(slow.url) as client:
+        page = serve_gradio.build(gradio, client)
+        _, address, _ = page.launch(
+            server_name="127.0.0.1", quiet=True, prevent_thread_lock=True, ssr_mode=False, theme=serve_gradio._theme(gradio),
+            head=serve_gradio.QUIET_HEAD, footer_links=[],
+        )  # fmt: skip
+        try:
+            asyncio.run(use(address.rstrip("/")))
+        finally:
+            page.close()

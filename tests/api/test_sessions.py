@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from api.session_history import SessionHistory
 from engine.mock import mock_answer
@@ -105,6 +108,39 @@ def test_one_answer_to_one_prompt(server: Running, body: dict[str, Any]) -> None
     status, answer = call(server, "POST", TEXT, {"prompt": "x", "max_tokens": 2, **body})
     assert (status, answer["error"]["param"]) == (400, "session_id")
     assert good(server, "GET", SESSIONS)["data"] == []
+
+
+def test_a_thousand_sessions_on_a_pool_for_a_hundred() -> None:
+    """Two rounds of turns, 50 at a time: every history goes on, nothing is refused, most is computed again."""
+    config = mock_config(cache={"num_blocks": 400, "cache_block_seq_len": 16}, sessions={"max_pool_share": 1.0})
+    known = dict.fromkeys(range(1, 1001), 0)
+
+    async def turn(client: aiohttp.ClientSession, running: Running, number: int, at_a_time: asyncio.Semaphore) -> None:
+        body = {"prompt": f"session {number}", "session_id": number, "interactive_mode": True, "request_output_len": 6, "seed": number}
+        async with at_a_time, client.post(running.url + TURN, json={**body, "ignore_eos": True}) as response:
+            answer = await response.json()
+        assert response.status == 200, answer
+        assert answer["history_tokens"] == known[number] and answer["tokens"] == 6
+        known[number] += answer["input_tokens"] + 6
+
+    async def main(running: Running) -> None:
+        at_a_time = asyncio.Semaphore(50)
+        async with aiohttp.ClientSession() as client:
+            for _ in range(2):
+                await asyncio.gather(*(turn(client, running, number, at_a_time) for number in known))
+
+    with serving(config) as running:
+        asyncio.run(main(running))
+        seen = running.engine.snapshot()
+        assert seen.leases_broken > 1500 and 50 < seen.leases < 200 and seen.pinned <= 400
+        running.settled()
+        assert sum(sample.value for sample in samples(running, "numbatch:session_leases_broken_total")) == seen.leases_broken
+        assert sum(sample.value for sample in samples(running, "numbatch:session_blocks")) == seen.pinned
+
+
+def samples(server: Running, name: str) -> list[Any]:
+    text = server.request("GET", "/metrics")[2].decode()
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples if sample.name == name]
 
 
 # -- whose they are, and their end --------------------------------------------------------------------------------

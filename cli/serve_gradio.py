@@ -196,21 +196,30 @@ def build(gradio: ModuleType, client: APIClient) -> Any:
             raise gradio.Error(str(error)) from None
 
     def stop(request: Any) -> None:
-        talks.stop(str(request.session_hash))
+        try:
+            talks.stop(str(request.session_hash))
+        except (ValueError, RuntimeError, ConnectionError) as error:
+            raise gradio.Error(str(error)) from None
 
     for handler in (answer, stop):
         handler.__annotations__["request"] = gradio.Request  # how gradio knows what to pass
     with gradio.Blocks(title=f"{info['model']} · numbatch", analytics_enabled=False, fill_height=True) as page:
         gradio.Markdown(f"## {_escaped(str(info['model']))}")
         chat = gradio.Chatbot(
-            elem_id="chat", show_label=False, scale=1, allow_tags=False, feedback_options=None, placeholder="Ask something."
+            elem_id="chat",
+            show_label=False,
+            scale=1,
+            allow_tags=False,
+            feedback_options=None,
+            buttons=["copy"],
+            placeholder="Ask something.",
         )
         text = gradio.Textbox(elem_id="text", show_label=False, placeholder="Message", autofocus=True, lines=1, max_lines=8)
         with gradio.Row():
             send = gradio.Button("Send", variant="primary", elem_id="send")
             halt = gradio.Button("Stop", elem_id="stop")
             again = gradio.Button("Regenerate", elem_id="again")
-            clear = gradio.Button("New conversation", elem_id="clear")
+            clear = gradio.Button("Clear", elem_id="clear")
         with gradio.Accordion("Sampling and system prompt", open=False, elem_id="sampling"):
             controls = [
                 gradio.Textbox(value="", label="System prompt", lines=2, elem_id="system"),

@@ -6,10 +6,11 @@ import asyncio
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from api.remote import APIClient
+from api.remote import APIClient, RunningServer
 from cli import serve_gradio
 from cli.arguments import UsageError
 from cli.serve_gradio import Talks, main, plain, to_answer
@@ -126,3 +127,13 @@ def test_a_browser_sends_watches_stops_and_regenerates(slow: Running) -> None:
             asyncio.run(use(address.rstrip("/")))
         finally:
             page.close()
+
+
+def test_before_a_model_a_server_is_started_that_only_the_page_can_call(smollm2: Path) -> None:
+    args = serve_gradio.parser().parse_args([str(smollm2), "--device", "mock", "--session-len", "256"])
+    with serve_gradio._client(args) as client:
+        assert client.url.startswith("http://127.0.0.1:") and client.get("/server_info")["session_len"] == 256
+        assert "".join(client.chat(ASK, max_tokens=3)) != ""
+        with APIClient(client.url) as stranger, pytest.raises(ValueError, match="API key"):
+            stranger.get("/server_info")
+    assert isinstance(client, RunningServer) and client.process.poll() == 0

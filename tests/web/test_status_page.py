@@ -10,13 +10,18 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from api.status import MAX_CELLS, block_map
+from api.loading import memory_plan
+from api.status import MAX_CELLS, block_map, memory
 from engine.cache.blocks import BlockPool
+from engine.loop import Engine
 from tests.api.harness import Running, mock_config, serving, until
+from tests.harness import configure
 from tests.web.browser import browser, needs_browser
 
 LONG: dict[str, Any] = {"prompt": "x" * 100, "max_tokens": 380, "ignore_eos": True, "seed": 1}
@@ -182,3 +187,20 @@ def test_a_browser_is_asked_for_the_key() -> None:
     with serving(mock_config(server={"api_keys": [SECRET]})) as server:
         asyncio.run(look(server))
         server.settled()
+
+
+def test_the_memory_plan_of_a_model(smollm2: Path) -> None:
+    """What `--plan` prints for weights and workspace, and the KV blocks that there are."""
+    knobs = {"engine": {"device": "reference", "session_len": 128, "max_batch_size": 2}, "cache": {"num_blocks": 40}}
+    config = configure(model={"path": str(smollm2)}, server={"log_stats_s": 0.0}, **knobs)
+    plan = memory_plan(config)
+    with serving(config) as server:
+        seen = numbers(server)["memory"]
+        assert (seen["weights"], seen["workspace"], seen["block_bytes"]) == (plan.weights, plan.workspace, plan.block_bytes)
+        assert seen["kv_bytes"] == 40 * plan.block_bytes and sum(seen["weights"].values()) > 50 << 20
+        gone = Engine(replace(config, model=replace(config.model, path="no such file")), server.engine.spec, 128, server.engine._executor)
+        assert memory(gone) == {"problem": "The plan cannot be made: ModelError."}
+
+
+def test_the_mock_engine_has_no_memory_plan(slow: Running) -> None:
+    assert numbers(slow)["memory"] is None

@@ -52,7 +52,7 @@ check: $(VENV)/.ready-test
 	$(RUN) -m pytest -q tests/house tests/config
 
 coverage: $(VENV)/.ready-test
-	$(RUN) -m pytest -q tests/engine/pure tests/engine/core --cov=engine.cache --cov=engine.errors --cov=engine.scheduler --cov=engine.sequence --cov=engine.step --cov-report=term-missing --cov-fail-under=95
+	$(RUN) -m pytest -q tests/engine/pure tests/engine/core --cov=engine.cache --cov=engine.admission --cov=engine.qos --cov=engine.errors --cov=engine.scheduler --cov=engine.sequence --cov=engine.step --cov-report=term-missing --cov-fail-under=95
 
 bench: $(VENV)/.ready-test
 	$(RUN) -m bench.scheduler --json

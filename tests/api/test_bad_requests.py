@@ -404,7 +404,7 @@ def test_tokenize_and_detokenize(server: Running) -> None:
     [
         ("GET", CHAT, 405), ("PUT", TEXT, 405), ("DELETE", "/health", 405), ("POST", "/v1/models", 405), ("PATCH", "/metrics", 405),
         ("GET", "/nowhere", 404), ("POST", "/v1/chat/completions/", 404), ("GET", "/v1", 404), ("GET", "/v1/models/", 404),
-        ("OPTIONS", CHAT, 405), ("GET", "/%2e%2e/etc/passwd", 404), ("GET", "//v1/models", 404), ("PROPFIND", "/", 404),
+        ("OPTIONS", CHAT, 405), ("GET", "/%2e%2e/etc/passwd", 404), ("GET", "//v1/models", 404), ("PROPFIND", "/", 405),
     ],
 )  # fmt: skip
 def test_paths_and_methods(server: Running, method: str, path: str, expected: int) -> None:

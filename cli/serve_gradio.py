@@ -216,10 +216,10 @@ def build(gradio: ModuleType, client: APIClient) -> Any:
         )
         text = gradio.Textbox(elem_id="text", show_label=False, placeholder="Message", autofocus=True, lines=1, max_lines=8)
         with gradio.Row():
-            send = gradio.Button("Send", variant="primary", elem_id="send")
-            halt = gradio.Button("Stop", elem_id="stop")
-            again = gradio.Button("Regenerate", elem_id="again")
-            clear = gradio.Button("Clear", elem_id="clear")
+            send = gradio.Button("Send", variant="primary", elem_id="send", min_width=90)
+            halt = gradio.Button("Stop", elem_id="stop", min_width=90)
+            again = gradio.Button("Regenerate", elem_id="again", min_width=90)
+            clear = gradio.Button("Clear", elem_id="clear", min_width=90)
         with gradio.Accordion("Sampling and system prompt", open=False, elem_id="sampling"):
             controls = [
                 gradio.Textbox(value="", label="System prompt", lines=2, elem_id="system"),

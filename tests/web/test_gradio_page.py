@@ -115,7 +115,13 @@ def test_a_browser_sends_watches_stops_and_regenerates(slow: Running) -> None:
             await page.value("document.querySelector('#clear').click()")
             await page.until("!document.querySelector('#chat').innerText.includes('hello page')")
             assert not page.errors
-            assert all(url.startswith((address, "data:", "blob:", address.replace("http", "ws"))) for url in page.requests), page.requests
+            await page.value("document.querySelector('#text textarea').focus()")
+            await page.type("and then")
+            await page.value("document.querySelector('#send').click()")
+            await asyncio.to_thread(until, lambda: bool(slow.service.live), 5, "nothing was asked")
+            await page.open("about:blank")
+            await asyncio.to_thread(until, lambda: not slow.service.live, 4, "the page was left, its answer was not")
+            assert all(url.startswith((address, "about:", "data:", "blob:", address.replace("http", "ws"))) for url in page.requests), page.requests
 
     with APIClient(slow.url) as client:
         page = serve_gradio.build(gradio, client)

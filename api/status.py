@@ -2,12 +2,13 @@
 
 The page is one static file that loads nothing from anywhere; its script and style are allowed by their hashes and by
 nothing else. It holds no data, so it needs no key; the numbers need one like every other route. They name sequences by
-number, never by text, session or key. Making them costs the event loop time, so they are made at most once in
+number, never by text, session or key. Making them costs the event loop time, so they are made in slices, at most once in
 `MIN_AGE_S` and never for more than 1 % of the time, however many pages are open.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import re
@@ -37,6 +38,7 @@ MAX_CELLS = 4000  # of the block map; larger pools put several blocks into a cel
 MAX_SEQUENCES = 200
 MIN_AGE_S = 0.5
 COST_SHARE = 0.01  # of the event loop's time
+SLICE_BLOCKS = 2048  # between which the event loop does other things
 
 PAGE = Path(__file__).with_name("pages") / "status.html"
 ASKS_KEY = "data-asks-key"
@@ -69,11 +71,16 @@ async def status_json(request: web.Request) -> web.Response:
     kept = _kept.setdefault(service, Kept())
     if service.described is not None and kept.memory is UNKNOWN:
         kept.memory = None  # one plan a server, whoever asks meanwhile
-        kept.memory = await service.in_thread(partial(memory, service.described.engine))
-    if (started_s := time.monotonic()) >= kept.until_s:
-        kept.answer = status(service, kept.memory)
-        ended_s = time.monotonic()
-        kept.until_s = ended_s + max(MIN_AGE_S, (ended_s - started_s) / COST_SHARE)
+        try:
+            kept.memory = await service.in_thread(partial(memory, service.described.engine))
+        except BaseException:  # also where the caller left: the next one asks again
+            kept.memory = UNKNOWN
+            raise
+    async with kept.lock:
+        if (started_s := time.monotonic()) >= kept.until_s:
+            kept.answer = await status(service, kept.memory or None)
+            ended_s = time.monotonic()
+            kept.until_s = ended_s + max(MIN_AGE_S, (ended_s - started_s) / COST_SHARE)
     response = json_response(kept.answer)
     response.headers["Cache-Control"] = "no-store"
     return response
@@ -89,12 +96,13 @@ class Kept:
     memory: dict[str, Any] | None = field(default_factory=lambda: UNKNOWN)
     answer: dict[str, Any] = field(default_factory=dict)
     until_s: float = 0.0  # monotonic: `answer` is good until then
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 _kept: WeakKeyDictionary[Service, Kept] = WeakKeyDictionary()
 
 
-def status(service: Service, plan: dict[str, Any] | None) -> dict[str, Any]:
+async def status(service: Service, plan: dict[str, Any] | None) -> dict[str, Any]:
     """Counters grow and never fall: the page makes rates of two answers. `now_s` is monotonic."""
     state, reason = verdict(service)
     served = service.described
@@ -106,7 +114,7 @@ def status(service: Service, plan: dict[str, Any] | None) -> dict[str, Any]:
         "model": _model(service, served),
         "memory": plan,
         "counters": _counters(service),
-        **(_engine(served.engine) if served is not None else {"blocks": None, "queue": None, "sequences": []}),
+        **(await _engine(served.engine) if served is not None else {"blocks": None, "queue": None, "sequences": []}),
     }
 
 
@@ -134,18 +142,27 @@ def memory(engine: Engine) -> dict[str, Any] | None:
     }
 
 
-def block_map(blocks: Sequence[Block], tables: Iterable[tuple[int, list[int]]], now: float, most: int = MAX_CELLS) -> dict[str, Any]:
+async def block_map(blocks: Sequence[Block], tables: Iterable[tuple[int, list[int]]], now: float, most: int = MAX_CELLS) -> dict[str, Any]:
     """Blocks in order, `per_cell` to a cell; `tables`: (sequence, its block table).
 
     A cell is 0 where all is FREE, else [ACTIVE, CACHED, of these pinned by sessions, owner, age in s]: three counts, the
     first sequence that holds one of its blocks (0: none), seconds since the oldest became what it is.
     """
     owners: dict[int, int] = {}
+    seen = 0
     for sequence_id, table in tables:
         for block_id in table:
             owners.setdefault(block_id, sequence_id)
+        if (seen := seen + len(table)) >= SLICE_BLOCKS:
+            seen = 0
+            await asyncio.sleep(0)
     per_cell = max(1, -(-len(blocks) // most))
-    cells = [_cell(blocks[i : i + per_cell], owners, now) for i in range(0, len(blocks), per_cell)]
+    in_slice = max(1, SLICE_BLOCKS // per_cell) * per_cell
+    cells: list[list[float] | int] = []
+    for first in range(0, len(blocks), in_slice):
+        last = min(first + in_slice, len(blocks))
+        cells += [_cell(blocks[i : min(i + per_cell, last)], owners, now) for i in range(first, last, per_cell)]
+        await asyncio.sleep(0)
     return {"per_cell": per_cell, "cells": cells}
 
 
@@ -174,7 +191,7 @@ def _model(service: Service, served: Served | None) -> dict[str, Any]:
     return out
 
 
-def _engine(engine: Engine) -> dict[str, Any]:
+async def _engine(engine: Engine) -> dict[str, Any]:
     seen, manager, now = engine.snapshot(), engine.manager, time.monotonic()
     sequences = list(engine.scheduler.sequences.values())
     return {
@@ -185,7 +202,7 @@ def _engine(engine: Engine) -> dict[str, Any]:
             "cached": seen.cached,
             "pinned": seen.pinned,
             "block_seq_len": manager.block_seq_len,
-            **block_map(manager.blocks, ((seq.id, seq.blocks) for seq in sequences), now),
+            **await block_map(manager.blocks, ((seq.id, seq.blocks) for seq in sequences), now),
         },
         "queue": {"running": seen.num_running, "waiting": seen.num_waiting, "waiting_tokens": seen.waiting_tokens},
         "sequences": [

@@ -121,7 +121,9 @@ def test_a_browser_sends_watches_stops_and_regenerates(slow: Running) -> None:
             await asyncio.to_thread(until, lambda: bool(slow.service.live), 5, "nothing was asked")
             await page.open("about:blank")
             await asyncio.to_thread(until, lambda: not slow.service.live, 4, "the page was left, its answer was not")
-            assert all(url.startswith((address, "about:", "data:", "blob:", address.replace("http", "ws"))) for url in page.requests), page.requests
+            assert all(url.startswith((address, "about:", "data:", "blob:", address.replace("http", "ws"))) for url in page.requests), (
+                page.requests
+            )
 
     with APIClient(slow.url) as client:
         page = serve_gradio.build(gradio, client)

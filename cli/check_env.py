@@ -254,7 +254,8 @@ def versions_agree(probes: Probes, driver: tuple[int, int]) -> list[Finding]:
 def one_card(probes: Probes, index: int, card: Card, cache_dir: Path) -> list[Finding]:
     name = f"card {index}"
     if card.cc < OLDEST_CARD:
-        return [Finding(name, "bad", _describe(card), "The oldest that CUDA 13 compiles for is compute capability 7.5 (Turing); use the CPU engine.")]
+        mend = "The oldest that CUDA 13 compiles for is compute capability 7.5 (Turing); use the CPU engine."
+        return [Finding(name, "bad", _describe(card), mend)]
     if card.free_bytes < LEAST_CARD_BYTES:
         words = f"At least {LEAST_CARD_BYTES / GIB:.0f} GiB of it must be free; end the programs that `nvidia-smi` lists."
         return [Finding(name, "bad", _describe(card), words)]

@@ -58,7 +58,8 @@ def nothing() -> Kernel:
 
 
 class Read:
-    """Read `data` once, in one of SHAPES. data uint32 [n]; sums uint32 [at least `threads`], overwritten: their exclusive or is that of what was read."""
+    """Read `data` once, in one of SHAPES. data uint32 [n]; sums uint32 [at least
+    `threads`], overwritten: their exclusive or is that of what was read."""
 
     def __init__(self, library: Library, multiprocessors: int, threads: int, in_flight: int, blocks: int) -> None:
         self._library, self._grid, self._in_flight = library, multiprocessors * blocks, in_flight

@@ -23,7 +23,16 @@ DISTRIBUTION = {
     "opentelemetry": "opentelemetry-sdk",
 }
 # used through another library or a tool, never imported by name
-UNIMPORTED = {"mypy", "ruff", "pytest-cov", "pytest-timeout", "pytest-xdist", "numba-cuda", "opentelemetry-exporter-otlp-proto-http"}
+UNIMPORTED = {
+    "mypy",
+    "ruff",
+    "pytest-cov",
+    "pytest-timeout",
+    "pytest-xdist",
+    "numba-cuda",
+    "opentelemetry-exporter-otlp-proto-http",
+    "gradio",
+}
 LENT = {"torch"}  # may be imported by tests as well
 
 

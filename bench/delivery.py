@@ -72,6 +72,8 @@ class EventSource:
         salt: bytes = b"",
         key: str = "",
         deadline_s: float = math.inf,
+        session: str = "",
+        user_id: str = "",
     ) -> Generation:
         now = time.monotonic()
         sequence = Sequence(next(self._ids), list(prompt_ids), len(prompt_ids), params, arrival_s=now, priority=priority, salt=salt)

@@ -7,6 +7,7 @@ that needs one skips, saying so, where it is absent. Compiled kernels are kept i
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_configure() -> None:
     """Before any test module is imported: a knob or proxy of the caller's must not change what tests see."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; what tests start would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in list(os.environ):
         if name.startswith("NUMBATCH_") and name != "NUMBATCH_MODELS":
             del os.environ[name]

@@ -224,7 +224,7 @@ def test_health_is_red_when_the_engine_makes_no_progress() -> None:
 
 def test_no_prompt_in_any_log(server: Running, caplog: pytest.LogCaptureFixture) -> None:
     secret = "xyzzy-secret"
-    with caplog.at_level("DEBUG"):
+    with caplog.at_level("DEBUG"), caplog.at_level("DEBUG", logger="numbatch"):
         server.post("/v1/completions", {"prompt": secret, "max_tokens": 2, "stop": secret, "user": secret, "cache_salt": secret})
         server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": secret}], "max_tokens": 2})
         server.post("/v1/completions", {"prompt": secret, "temperature": 9})

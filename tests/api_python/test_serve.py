@@ -117,8 +117,8 @@ def test_a_script_that_ends_with_serve_serves_until_it_is_interrupted(root: Path
     script = tmp_path / "script.py"
     script.write_text("from numbatch import serve\nserve(device='mock', server_port=0)\n")
     running = subprocess.Popen([sys.executable, str(script)], cwd=root, stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
     try:
-        assert running.stderr is not None
         said = running.stderr.readline()
         url = said.split(" on ")[1].split(" ")[0]
         with client(url) as reached:
@@ -128,7 +128,8 @@ def test_a_script_that_ends_with_serve_serves_until_it_is_interrupted(root: Path
             assert not reached.is_ready()
     finally:
         running.kill()
-        running.communicate()
+        running.stderr.close()  # reading to its end would wait for the script's server
+        running.wait()
 
 
 def test_a_script_that_fails_takes_its_server_along(root: Path, tmp_path: Path) -> None:

@@ -64,9 +64,9 @@ class CudaBackend:
     name = "cuda"
     stacks = True
 
-    def __init__(self, config: Config, spec: ModelSpec, dtype: str, session_len: int, ranks: Ranks, device: Any) -> None:
+    def __init__(self, config: Config, spec: ModelSpec, dtype: str, ranks: Ranks, device: Any) -> None:
         self._config, self._spec, self._device = config, spec, device
-        self._dtype_name, self._dtype = dtype, DTYPES[dtype]
+        self._dtype = DTYPES[dtype]
         self._place = {"device": device.torch_device, "dtype": self._dtype}
         knobs, cache = config.engine, config.cache
         shard = make_shard(spec, ranks.rank, ranks.size)

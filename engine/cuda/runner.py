@@ -47,7 +47,7 @@ class CudaRunner:
         knobs, cache = config.engine, config.cache
         self._free_at_start = device.memory()[0]
         dtype = computing_dtype(config, "cuda", spec.dtype, device.cc)
-        self._backend = CudaBackend(config, spec, dtype, session_len, ranks, device)
+        self._backend = CudaBackend(config, spec, dtype, ranks, device)
         checkpoint = open_checkpoint(Path(config.model.path), spec, views=True)
         self._decoder = Decoder(spec, checkpoint, self._backend, ranks, session_len=session_len, exact=False)
         self._backend.finish_loading()

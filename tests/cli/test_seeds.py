@@ -61,7 +61,7 @@ def words(test: str, **replaced: str) -> list[str]:
 
 def needs(module: str) -> None:
     if importlib.util.find_spec(module) is None:
-        pytest.skip(f"{module} is not part of this version")
+        pytest.skip(f"{module} is not installed: pip install -e .[web]")
 
 
 def http(method: str, url: str, body: Any = None) -> Any:

@@ -127,7 +127,8 @@ def address(typingctx: Any, pointer: Any) -> Any:
 
 
 @intrinsic
-def _generic_address(typingctx: Any, array: Any) -> Any:
+def generic_address(typingctx: Any, array: Any) -> Any:
+    """uint64 of a shared or local array; to_shared(generic_address(a)) for the shared loads below."""
     if not isinstance(array, types.Array):
         return None
 
@@ -138,7 +139,6 @@ def _generic_address(typingctx: Any, array: Any) -> Any:
 
 
 to_shared = _asm("{ .reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t; }", [u32], [u64], pure=True)  # cvta
-generic_address = _generic_address  # uint64 of a shared or local array; to_shared(generic_address(a)) for the loads below
 
 # -- loads and stores: ld, st ---------------------------------------------------------------------------------------------
 # `stream`: read once, do not keep in L1. `constant`: nobody writes it during the kernel (ld.global.nc).

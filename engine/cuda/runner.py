@@ -31,7 +31,7 @@ from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec
 from engine.parallel import Ranks
 from engine.plan import kv_blocks
-from engine.plan_cuda import GRAPHS_BYTES
+from engine.plan_cuda import GRAPHS_BYTES, state_bytes
 from engine.sequence import SamplingParams
 from engine.step import MAX_SCORED, Admit, StepPlan, StepResult
 from engine.weights import open_checkpoint
@@ -58,8 +58,9 @@ class CudaRunner:
         self._state = State(device, knobs.max_batch_size, session_len, cache.cache_block_seq_len, trash=self.num_blocks)
         self._kv = self._backend.make_kv(layout, self.num_blocks)
         self._backend.attach(self._state)
-        self._inputs = torch.empty(self._largest_shape().size, dtype=torch.int32, device=device.torch_device)
-        self._staged = [device.pinned((self._largest_shape().size,), torch.int32) for _ in range(RING)]
+        largest = self._largest_shape().size
+        self._inputs = torch.empty(largest, dtype=torch.int32, device=device.torch_device)
+        self._staged = [device.pinned((largest,), torch.int32) for _ in range(RING)]
         self._step = 0
         self._finished_s = 0.0
         self._graphs = DecodeGraphs(device, knobs.max_batch_size)
@@ -135,7 +136,7 @@ class CudaRunner:
         free = self._device.memory()[0]
         if knobs.device_memory_gib:  # of what this process may use, what it has not used yet
             free = min(free, int(knobs.device_memory_gib * 2**30) - (self._free_at_start - free))
-        free -= State.nbytes(knobs.max_batch_size, session_len, layout.block_seq_len) + GRAPHS_BYTES + layout.block_bytes
+        free -= state_bytes(knobs.max_batch_size, session_len, layout.block_seq_len) + GRAPHS_BYTES + layout.block_bytes
         blocks = kv_blocks(self._config, layout, session_len, free)
         if blocks < 1 or blocks * layout.block_bytes > free:
             raise DeviceError(

@@ -32,10 +32,6 @@ class State:
         self._num_blocks = np.zeros(max_batch_size, np.int32)
         self.scores = PromptScores()
 
-    @staticmethod
-    def nbytes(max_batch_size: int, session_len: int, block_seq_len: int) -> int:
-        return 4 * (max_batch_size + 1) * (session_len + 1 + -(-(session_len + 1) // block_seq_len))
-
     def admit(self, admit: Admit) -> None:
         """Queue the copies of a sequence's ids and block table."""
         self._put(self.ids[admit.slot], admit.token_ids)

@@ -229,8 +229,10 @@ def test_formulas_are_those_of_who_allocates() -> None:
     pytest.importorskip("numba_cuda")
     from engine.cuda.paged_attention import PagedDecode
     from engine.cuda.state import State
+    from tests.ptx.device import EmulatedDevice
 
-    assert plan_cuda.state_bytes(2, 100, 64) == 4 * 3 * (101 + 2) == State.nbytes(2, 100, 64)
+    state = State(EmulatedDevice(), 2, 100, 64, trash=9)
+    assert plan_cuda.state_bytes(2, 100, 64) == 4 * 3 * (101 + 2) == state.ids.nbytes + state.tables.nbytes
     assert plan_cuda.sampling_bytes(3, 33) == 4 * (2 * 33 + 2 * 4) + 4 * 3 * 33
     for heads, kv_heads, head_dim, multiprocessors in (
         (32, 8, 128, 132),

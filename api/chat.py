@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any, Self
+from typing import Any
 
 import orjson
 from aiohttp import web
 
 from api.body import read_object
-from api.errors import ApiError, bad, from_text, json_response
+from api.errors import ApiError, bad, from_text
 from api.generate import Answer, Delta
 from api.logprobs import entries, prompt_ids, prompt_logprobs_json
+from api.respond import respond
 from api.sampling import Wanted, read, shared_fields, truncated
-from api.schema import Field, Table, boolean, check_list, integer, kind, parse_object, table, unsupported, wrong_type
-from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Served, Service
-from api.sse import Framing, event, joined, stream_answer
+from api.schema import Field, Table, boolean, check_list, integer, parse_object, table, unsupported, wrong_type
+from api.service import CALLER, REQUEST_ID, SERVICE, Served, Service
+from api.sse import Framing, event, joined
+from api.text_parts import NO_TOOLS, ONLY_TEXT, Parts
 from config.schema import Request
 from text.errors import TextError
 
@@ -27,8 +29,7 @@ ROLES = ("system", "developer", "user", "assistant")
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "documents", "chat_template"})
 MAX_TEMPLATE_VALUES = 16
 MAX_TEMPLATE_CHARS = 1024
-NO_TOOLS = "tool calls come in a later version."
-ONLY_TEXT = 'structured output comes in a later version; {"type": "text"} is what there is.'
+PARTS = Parts()
 
 
 def chat_fields(limits: Request, model: str, session_len: int, vocab_size: int) -> Table:
@@ -82,12 +83,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         [prompt], wanted, request[CALLER], default_tokens=None, param="messages", started_s=started_s, chat=True,
         names=(request[REQUEST_ID], frames.id),
     )  # fmt: skip
-    try:
-        if wanted.stream:
-            return await stream_answer(request, answer, frames.of(answer), service.config.http)
-        return json_response(await frames.fold(answer))
-    finally:
-        request[NOTE] = service.finished(answer)
+    return await respond(request, answer, frames, stream=wanted.stream)
 
 
 class ChatFrames(Framing):
@@ -104,7 +100,6 @@ class ChatFrames(Framing):
         self._want_prompt = wanted.prompt_logprobs >= 0
         self._echo = echo
         self._n = n = wanted.n
-        self._answer: Answer | None = None
         self._base = {
             "id": self.id,
             "object": "chat.completion.chunk",
@@ -117,10 +112,6 @@ class ChatFrames(Framing):
         self._empty = [opening + b'%d,"delta":{' % i for i in range(n)]
         self._end = b'}],"usage":null}\n\n' if wanted.include_usage else b"}]}\n\n"
         self._plain = b'},"logprobs":null,"finish_reason":null' + self._end
-
-    def of(self, answer: Answer) -> Self:
-        self._answer = answer
-        return self
 
     def opening(self) -> bytes:
         role = b'"role":"assistant","content":"","refusal":null'
@@ -263,18 +254,11 @@ def messages_field(most: int) -> Field:
             raise bad(name, "messages is empty; send at least one message.", "invalid_value")
         return [_message(f"{name}[{i}]", message) for i, message in enumerate(messages)]
 
-    part = {
-        "type": "object",
-        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-        "required": ["type", "text"],
-        "additionalProperties": False,
-    }
-    content = {"anyOf": [{"type": "string"}, {"type": "array", "items": part, "minItems": 1}]}
     message = {
         "type": "object",
         "properties": {
             "role": {"type": "string", "enum": list(ROLES), "description": "developer is read as system."},
-            "content": content,
+            "content": PARTS.schema(),
             "name": {"type": ["string", "null"], "maxLength": 64},
         },
         "required": ["role", "content"],
@@ -292,7 +276,7 @@ def _message(where: str, message: Any) -> dict[str, str]:
         raise bad(f"{where}.role", f"{where}.role {role!r} is not supported: {NO_TOOLS}", "unsupported_value")
     if type(role) is not str or role not in ROLES:
         raise bad(f"{where}.role", f"{where}.role must be one of {', '.join(ROLES)}.", "invalid_value")
-    out = {"role": "system" if role == "developer" else role, "content": _content(f"{where}.content", message.get("content"))}
+    out = {"role": "system" if role == "developer" else role, "content": PARTS.read(f"{where}.content", message.get("content"))}
     for key, value in message.items():
         if key == "name" and value is not None:
             if type(value) is not str or not 1 <= len(value) <= 64:
@@ -304,30 +288,6 @@ def _message(where: str, message: Any) -> dict[str, str]:
         elif key not in ("role", "content", "name"):
             raise bad(f"{where}.{key[:64]}", f"There is no field {key[:64]!r} in a message.", "unknown_parameter")
     return out
-
-
-def _content(where: str, content: Any) -> str:
-    """A string, or text parts joined as they are."""
-    if type(content) is str:
-        return content
-    if type(content) is not list:
-        raise wrong_type(where, "a string or an array of text parts", content)
-    if not content:
-        raise bad(where, f"{where} is an empty array.", "invalid_value")
-    texts = []
-    for i, part in enumerate(content):
-        here = f"{where}[{i}]"
-        if type(part) is not dict or type(part.get("type")) is not str:
-            raise bad(here, f"{here} must be an object with a type, not {kind(part)}.", "invalid_type")
-        if part["type"] != "text":
-            raise bad(f"{here}.type", f"{here}.type must be 'text'; this server reads no other kind.", "unsupported_value")
-        if type(part.get("text")) is not str:
-            raise wrong_type(f"{here}.text", "a string", part.get("text"))
-        for key in part:
-            if key not in ("type", "text"):
-                raise bad(f"{here}.{key[:64]}", f"There is no field {key[:64]!r} in a text part.", "unknown_parameter")
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def _template_values() -> Field:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any, Self
+from typing import Any
 
 import orjson
 from aiohttp import web
 
 from api.body import read_object
-from api.chat import ONLY_TEXT
-from api.errors import bad, json_response
+from api.errors import bad
 from api.generate import Answer, Choice, Delta
 from api.logprobs import LOGPROB_LISTS, lists, prompt_ids, prompt_lists, prompt_logprobs_json
+from api.respond import respond
 from api.sampling import Wanted, read, shared_fields, too_long, truncated
 from api.schema import Field, Table, boolean, check_list, integer, parse_object, table, unsupported, wrong_type
-from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Served, Service
-from api.sse import Framing, event, joined, stream_answer
+from api.service import CALLER, REQUEST_ID, SERVICE, Served, Service
+from api.sse import Framing, event, joined
+from api.text_parts import ONLY_TEXT
 from config.schema import Request
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -55,12 +56,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         prompts, wanted, request[CALLER], default_tokens=DEFAULT_MAX_TOKENS, param="prompt", started_s=started_s,
         names=(request[REQUEST_ID], frames.id),
     )  # fmt: skip
-    try:
-        if wanted.stream:
-            return await stream_answer(request, answer, frames.of(answer), service.config.http)
-        return json_response(await frames.fold(answer))
-    finally:
-        request[NOTE] = service.finished(answer)
+    return await respond(request, answer, frames, stream=wanted.stream)
 
 
 class CompletionFrames(Framing):
@@ -75,7 +71,6 @@ class CompletionFrames(Framing):
         self._echoes = echoes
         self._due = set(range(num_choices)) if echoes else set()  # choices whose prompt has not been echoed yet
         self._num_choices = num_choices
-        self._answer: Answer | None = None
         self._base = {
             "id": self.id,
             "object": "text_completion",
@@ -88,10 +83,6 @@ class CompletionFrames(Framing):
         self._end = b'}],"usage":null}\n\n' if wanted.include_usage else b"}]}\n\n"
         self._plain = b',"logprobs":null,"finish_reason":null' + self._end
         self._simple = not wanted.continuous_usage and not self._want_ids
-
-    def of(self, answer: Answer) -> Self:
-        self._answer = answer
-        return self
 
     def opening(self) -> bytes:
         if self._want_logprobs:

@@ -8,7 +8,7 @@ keeps the history. A stream is newline-delimited JSON. Who remembers is `api/ses
 from __future__ import annotations
 
 import time
-from typing import Any, Self
+from typing import Any
 
 import orjson
 from aiohttp import web
@@ -18,11 +18,12 @@ from api.body import read_object
 from api.chat import messages_field, render_messages
 from api.errors import ApiError, bad, json_response
 from api.generate import Answer, Delta
+from api.respond import respond
 from api.sampling import LATER, Wanted, session_field, shared_fields
 from api.schema import Field, Table, boolean, integer, number, parse_object, table, unsupported
-from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Served, Service, session_name
+from api.service import CALLER, REQUEST_ID, SERVICE, Served, Service, session_name
 from api.session_history import Session
-from api.sse import Framing, stream_answer
+from api.sse import Framing
 from config.schema import Request
 
 DEFAULT_TOKENS = 512
@@ -125,11 +126,8 @@ class Turn:
                 names=(request[REQUEST_ID],),
             )  # fmt: skip
             try:
-                if wanted.stream:
-                    return await stream_answer(request, answer, frames.of(answer), service.config.http)
-                return json_response(await frames.of(answer).fold(answer))
+                return await respond(request, answer, frames, stream=wanted.stream)
             finally:
-                request[NOTE] = service.finished(answer)
                 text = frames.text
         finally:
             self._remember([*conversation, {"role": "assistant", "content": text}], answer)
@@ -187,25 +185,14 @@ class LineFrames(Framing):
         self._input = input_tokens
         self._history = history_tokens
         self._texts: list[str] = []
-        self._answer: Answer | None = None
-
-    def of(self, answer: Answer) -> Self:
-        self._answer = answer
-        return self
 
     @property
     def text(self) -> str:
         return "".join(self._texts)
 
-    def opening(self) -> bytes:
-        return b""
-
     def delta(self, delta: Delta) -> bytes:
         self._texts.append(delta.text)
         return orjson.dumps(self._object(delta.text, delta.finish_reason)) + b"\n"
-
-    def closing(self, answer: Answer) -> bytes:
-        return b""
 
     def failed(self, error: ApiError) -> bytes:
         return orjson.dumps({**self._object("", "error"), **error.body()}) + b"\n"

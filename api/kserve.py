@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any, Self
+from typing import Any
 
 import orjson
 from aiohttp import web
@@ -19,10 +19,11 @@ from api.errors import ApiError, bad, json_response
 from api.generate import Answer, Delta
 from api.health import verdict
 from api.kserve_tensors import Tensor, read_tensors, write_tensors
+from api.respond import respond
 from api.sampling import REQUEST_NAME, Wanted, shared_fields
 from api.schema import Field, Table, boolean, check_str, integer, parse_object, pattern, table, wrong_type
 from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Served, Service
-from api.sse import Framing, event, stream_answer
+from api.sse import Framing, event
 from config.schema import Request
 from config.version import VERSION
 
@@ -185,12 +186,7 @@ async def _generate(request: web.Request, stream: bool) -> web.StreamResponse:
         [ids], wanted, request[CALLER], default_tokens=DEFAULT_TOKENS, param="text_input", started_s=started_s,
         names=(request[REQUEST_ID], values["id"]),
     )  # fmt: skip
-    try:
-        if stream:
-            return await stream_answer(request, answer, frames.of(answer), service.config.http)
-        return json_response(await frames.fold(answer))
-    finally:
-        request[NOTE] = service.finished(answer)
+    return await respond(request, answer, frames, stream=stream)
 
 
 def _parameters(service: Service, *given: dict[str, Any]) -> dict[str, Any]:
@@ -223,11 +219,6 @@ class GenerateFrames(Framing):
     def __init__(self, served: Served, name: str, echo: str) -> None:
         self._base = {"model_name": served.name, "model_version": MODEL_VERSION, **({"id": name} if name else {})}
         self._echo = echo
-        self._answer: Answer | None = None
-
-    def of(self, answer: Answer) -> Self:
-        self._answer = answer
-        return self
 
     def opening(self) -> bytes:
         return event({**self._base, "text_output": self._echo}) if self._echo else b""
@@ -235,9 +226,6 @@ class GenerateFrames(Framing):
     def delta(self, delta: Delta) -> bytes:
         last = {"finish_reason": delta.finish_reason} if delta.finish_reason is not None else {}
         return event({**self._base, "text_output": delta.text, **last})
-
-    def closing(self, answer: Answer) -> bytes:
-        return b""
 
     def failed(self, error: ApiError) -> bytes:
         return event({"error": str(error)})

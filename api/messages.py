@@ -9,24 +9,25 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import orjson
 from aiohttp import web
 
 from api.body import read_object
-from api.chat import NO_TOOLS, render_messages
+from api.chat import render_messages
 from api.errors import ApiError, anthropic_body, bad, json_response
 from api.generate import Answer, Choice, Delta
+from api.respond import respond
 from api.sampling import Wanted, model_field, shared_fields
-from api.schema import Field, Table, check_list, check_str, choice, integer, kind, number, parse_object, table, unsupported, wrong_type
-from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Served, Service
-from api.sse import Framing, named_event, stream_answer
+from api.schema import Field, Table, check_list, check_str, choice, integer, number, parse_object, table, unsupported, wrong_type
+from api.service import CALLER, REQUEST_ID, SERVICE, Served, Service
+from api.sse import Framing, named_event
+from api.text_parts import NO_TOOLS, Parts
 from config.schema import Request
 
 ROLES = ("user", "assistant")
-BLOCK_EXTRAS = ("cache_control", "citations")  # of a text block: hints that ask for nothing here
-NOT_TEXT = "this server reads text only."
+BLOCKS = Parts(extras=("cache_control", "citations"), noun="block", may_be_empty=True)
 
 
 def message_fields(limits: Request, model: str, session_len: int, vocab_size: int) -> Table:
@@ -63,7 +64,7 @@ def _counted_fields(limits: Request, model: str) -> list[Field]:
     return [
         model_field(model),
         _messages(limits.max_messages),
-        Field("system", "What the assistant is to know or to be.", {"anyOf": [{"type": "string"}, _blocks_schema()]}, _content),
+        Field("system", "What the assistant is to know or to be.", BLOCKS.schema(), BLOCKS.read),
         unsupported("tools", NO_TOOLS, ([],), {"type": "array", "maxItems": 0}),
         unsupported("tool_choice", NO_TOOLS, ({"type": "none"}, {"type": "auto"}), _one_of_types("none", "auto")),
         unsupported("thinking", "set it with the model's chat template.", ({"type": "disabled"},), _one_of_types("disabled")),
@@ -85,12 +86,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
         [prompt], wanted, request[CALLER], default_tokens=None, param="messages", started_s=started_s, chat=True,
         names=(request[REQUEST_ID], frames.id),
     )  # fmt: skip
-    try:
-        if wanted.stream:
-            return await stream_answer(request, answer, frames.of(answer), service.config.http)
-        return json_response(await frames.fold(answer))
-    finally:
-        request[NOTE] = service.finished(answer)
+    return await respond(request, answer, frames, stream=wanted.stream)
 
 
 async def count_tokens(request: web.Request) -> web.Response:
@@ -119,11 +115,6 @@ class MessageFrames(Framing):
         self.id = f"msg_{secrets.token_hex(12)}"
         self._model = served.name
         self._stop = wanted.stop
-        self._answer: Answer | None = None
-
-    def of(self, answer: Answer) -> Self:
-        self._answer = answer
-        return self
 
     def opening(self) -> bytes:
         assert self._answer is not None
@@ -195,8 +186,7 @@ def _messages(most: int) -> Field:
             raise bad(name, "messages is empty; send at least one message.", "invalid_value")
         return [_message(f"{name}[{i}]", message) for i, message in enumerate(given)]
 
-    content = {"anyOf": [{"type": "string"}, _blocks_schema()]}
-    properties = {"role": {"type": "string", "enum": list(ROLES)}, "content": content}
+    properties = {"role": {"type": "string", "enum": list(ROLES)}, "content": BLOCKS.schema()}
     message = {"type": "object", "properties": properties, "required": ["role", "content"], "additionalProperties": False}
     schema = {"type": "array", "items": message, "minItems": 1, "maxItems": most}
     return Field("messages", "The conversation so far.", schema, parse, required=True)
@@ -211,34 +201,7 @@ def _message(where: str, message: Any) -> dict[str, str]:
     role = message.get("role")
     if type(role) is not str or role not in ROLES:
         raise bad(f"{where}.role", f"{where}.role must be user or assistant; the system's text goes into 'system'.", "invalid_value")
-    return {"role": role, "content": _content(f"{where}.content", message.get("content"))}
-
-
-def _content(where: str, content: Any) -> str:
-    """A string, or text blocks joined as they are."""
-    if type(content) is str:
-        return content
-    if type(content) is not list:
-        raise wrong_type(where, "a string or an array of text blocks", content)
-    texts = []
-    for i, block in enumerate(content):
-        here = f"{where}[{i}]"
-        if type(block) is not dict or type(block.get("type")) is not str:
-            raise bad(here, f"{here} must be an object with a type, not {kind(block)}.", "invalid_type")
-        if block["type"] != "text":
-            why = NO_TOOLS if "tool" in block["type"] else NOT_TEXT
-            raise bad(f"{here}.type", f"{here}.type {block['type'][:32]!r} is not supported: {why}", "unsupported_value")
-        for key in block:
-            if key not in ("type", "text", *BLOCK_EXTRAS):
-                raise bad(f"{here}.{key[:64]}", f"There is no field {key[:64]!r} in a text block.", "unknown_parameter")
-        texts.append(check_str(f"{here}.text", block.get("text"), 1 << 26))
-    return "".join(texts)
-
-
-def _blocks_schema() -> dict[str, Any]:
-    properties = {"type": {"const": "text"}, "text": {"type": "string"}, **{name: {} for name in BLOCK_EXTRAS}}
-    block = {"type": "object", "properties": properties, "required": ["type", "text"], "additionalProperties": False}
-    return {"type": "array", "items": block}
+    return {"role": role, "content": BLOCKS.read(f"{where}.content", message.get("content"))}
 
 
 def _metadata() -> Field:

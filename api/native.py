@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from typing import Any, Self
+from typing import Any
 
 from aiohttp import web
 
@@ -19,10 +19,11 @@ from api.completions import prompts_field
 from api.errors import ApiError, bad, json_response
 from api.generate import MIN_LOGPROB, Answer, Choice, Delta, TokenLogprob
 from api.logprobs import prompt_ids
+from api.respond import respond
 from api.sampling import LATER, NOT_SUPPORTED, REQUEST_NAME, Wanted, model_field, shared_fields
 from api.schema import Field, Table, boolean, check_bool, check_list, check_str, integer, nested, parse_object, pattern, table, unsupported
 from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Served, Service
-from api.sse import Framing, event, stream_answer
+from api.sse import Framing, event
 from config.schema import Request
 
 DEFAULT_TOKENS = 128  # of both
@@ -93,12 +94,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
         prompts, wanted, request[CALLER], default_tokens=DEFAULT_TOKENS, param=name, started_s=started_s,
         names=(request[REQUEST_ID], frames.id, values["rid"]),
     )  # fmt: skip
-    try:
-        if wanted.stream:
-            return await stream_answer(request, answer, frames.of(answer), service.config.http)
-        return json_response(await frames.of(answer).fold(answer))
-    finally:
-        request[NOTE] = service.finished(answer)
+    return await respond(request, answer, frames, stream=wanted.stream)
 
 
 def _prompt_of(values: dict[str, Any]) -> tuple[str, list[str | list[int]]]:
@@ -146,20 +142,9 @@ class GenerateFrames(Framing):
         self._many = many or wanted.n > 1
         self._start = values["logprob_start_len"]
         self._started_s = time.monotonic()
-        self._answer: Answer | None = None
-
-    def of(self, answer: Answer) -> Self:
-        self._answer = answer
-        return self
-
-    def opening(self) -> bytes:
-        return b""
 
     def delta(self, delta: Delta) -> bytes:
         return event(self._object(delta.index, delta.text, list(delta.token_ids), list(delta.logprobs)))
-
-    def closing(self, answer: Answer) -> bytes:
-        return b""
 
     async def fold(self, answer: Answer) -> Any:
         n = len(answer.choices)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from api.chat import NO_TOOLS, ONLY_TEXT
 from api.errors import bad
 from api.sampling import shared_fields
-from api.schema import Field, Table, boolean, check_list, check_str, choice, integer, kind, table, unsupported, wrong_type
+from api.schema import Field, Table, boolean, check_list, check_str, choice, integer, table, unsupported, wrong_type
+from api.text_parts import NO_TOOLS, ONLY_TEXT, Parts
 from config.schema import Request
 
 ROLES = ("user", "assistant", "system", "developer")
-PART_TYPES = ("input_text", "output_text", "text")
-PART_EXTRAS = ("annotations", "logprobs", "prompt_cache_breakpoint")  # of what came back from here: no part of the text
+PARTS = Parts(("input_text", "output_text", "text"), ("annotations", "logprobs", "prompt_cache_breakpoint"))  # extras: of what came back
 ITEM_EXTRAS = ("id", "status", "phase", "type")
 NO_REASONING: tuple[dict[str, None], ...] = ({}, {"effort": None}, {"effort": None, "summary": None})
 LOGPROBS = "message.output_text.logprobs"
@@ -118,17 +117,10 @@ def _input(most: int) -> Field:
             raise bad(name, "input is empty; send at least one message.", "invalid_value")
         return [_message(f"{name}[{i}]", item) for i, item in enumerate(items)]
 
-    part = {
-        "type": "object",
-        "properties": {"type": {"type": "string", "enum": list(PART_TYPES)}, "text": {"type": "string"}, **{n: {} for n in PART_EXTRAS}},
-        "required": ["type", "text"],
-        "additionalProperties": False,
-    }
-    content = {"anyOf": [{"type": "string"}, {"type": "array", "items": part, "minItems": 1}]}
     properties = {
         "type": {"const": "message"},
         "role": {"type": "string", "enum": list(ROLES)},
-        "content": content,
+        "content": PARTS.schema(),
         "id": {"type": ["string", "null"]},
         "status": {"type": ["string", "null"]},
         "phase": {"type": ["string", "null"]},
@@ -154,30 +146,7 @@ def _message(where: str, item: Any) -> dict[str, str]:
     role = item.get("role")
     if type(role) is not str or role not in ROLES:
         raise bad(f"{where}.role", f"{where}.role must be one of {', '.join(ROLES)}.", "invalid_value")
-    return {"role": "system" if role == "developer" else role, "content": _content(f"{where}.content", item.get("content"))}
-
-
-def _content(where: str, content: Any) -> str:
-    if type(content) is str:
-        return content
-    if type(content) is not list:
-        raise wrong_type(where, "a string or an array of text parts", content)
-    if not content:
-        raise bad(where, f"{where} is an empty array.", "invalid_value")
-    texts = []
-    for i, part in enumerate(content):
-        here = f"{where}[{i}]"
-        if type(part) is not dict:
-            raise bad(here, f"{here} must be an object with a type, not {kind(part)}.", "invalid_type")
-        if type(part.get("type")) is not str or part["type"] not in PART_TYPES:
-            raise bad(
-                f"{here}.type", f"{here}.type must be input_text or output_text; this server reads no other kind.", "unsupported_value"
-            )
-        for key in part:
-            if key not in ("type", "text", *PART_EXTRAS):
-                raise bad(f"{here}.{key[:64]}", f"There is no field {key[:64]!r} in a text part.", "unknown_parameter")
-        texts.append(check_str(f"{here}.text", part.get("text"), 1 << 26))
-    return "".join(texts)
+    return {"role": "system" if role == "developer" else role, "content": PARTS.read(f"{where}.content", item.get("content"))}
 
 
 def input_items(messages: list[dict[str, str]], name: str) -> list[dict[str, Any]]:

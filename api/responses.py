@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any, Self
+from typing import Any
 
 import orjson
 from aiohttp import web
@@ -18,12 +18,13 @@ from api.chat import render_messages
 from api.errors import ApiError, bad, json_response
 from api.generate import Answer, Delta, TokenLogprob
 from api.logprobs import entries
+from api.respond import respond
 from api.response_fields import LOGPROBS, SHARED, input_items, response_fields
 from api.response_store import Stored
 from api.sampling import Wanted, truncated
 from api.schema import parse_object
-from api.service import CALLER, NOTE, REQUEST_ID, SERVICE, Served, Service
-from api.sse import Framing, named_event, stream_answer
+from api.service import CALLER, REQUEST_ID, SERVICE, Served, Service
+from api.sse import Framing, named_event
 
 STATUS = {"stop": "completed", "length": "incomplete", "abort": "cancelled", "error": "failed"}
 NOT_SAMPLING = ("model", "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "metadata", "service_tier")
@@ -50,11 +51,8 @@ async def responses(request: web.Request) -> web.StreamResponse:
     if values["store"]:
         service.responses.put(frames.id, stored)
     try:
-        if wanted.stream:
-            return await stream_answer(request, answer, frames.of(answer), service.config.http)
-        return json_response(await frames.of(answer).fold(answer))
+        return await respond(request, answer, frames, stream=wanted.stream)
     finally:
-        request[NOTE] = service.finished(answer)
         _keep(service, frames, stored, answer, values["store"])
 
 
@@ -103,13 +101,8 @@ class ResponseFrames(Framing):
         self._texts: list[str] = []
         self._notes: list[TokenLogprob] = []
         self._sequence = 0
-        self._answer: Answer | None = None
         place = {"type": "response.output_text.delta", "item_id": self._item, "output_index": 0, "content_index": 0}
         self._delta = b"event: response.output_text.delta\ndata: " + orjson.dumps(place)[:-1]
-
-    def of(self, answer: Answer) -> Self:
-        self._answer = answer
-        return self
 
     @property
     def text(self) -> str:

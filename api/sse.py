@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncGenerator
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import orjson
 from aiohttp import web
@@ -34,11 +34,13 @@ Deltas = AsyncGenerator[list[Delta], None]
 
 
 class Frames(Protocol):
-    """How one endpoint writes its chunks; every method returns complete events. See `Framing` for the rest of a stream."""
+    """How one endpoint writes an answer: chunks, each method returning complete events, or one object (`fold`)."""
 
     headers: dict[str, str]
     ping: bytes
     done: bytes
+
+    def of(self, answer: Answer) -> object: ...
 
     def opening(self) -> bytes: ...
 
@@ -48,6 +50,8 @@ class Frames(Protocol):
 
     def failed(self, error: ApiError) -> bytes: ...
 
+    async def fold(self, answer: Answer) -> Any: ...
+
 
 class Framing:
     """OpenAI's stream: server-sent events, comments in silence, [DONE] at the end, an `error` object where it fails."""
@@ -55,6 +59,18 @@ class Framing:
     headers = HEADERS
     ping = PING
     done = DONE
+    _answer: Answer | None = None
+
+    def of(self, answer: Answer) -> Self:
+        """Whose frames these are; before anything is written."""
+        self._answer = answer
+        return self
+
+    def opening(self) -> bytes:
+        return b""
+
+    def closing(self, answer: Answer) -> bytes:
+        return b""
 
     def failed(self, error: ApiError) -> bytes:
         return event(error.body())

@@ -19,6 +19,7 @@ from engine.sequence import FinishReason, SamplingParams, Sequence
 from engine.step import BAD_LOGITS, Admit, StepPlan, StepResult, TokenEvent
 
 VOCAB = 5
+LONG = 1 << 10
 ALL_PINNED = LeaseLimits(max_pool_share=1.0, lease_s=1e6)
 
 
@@ -241,3 +242,21 @@ class World:
         assert len(self.manager.leases) == self.manager.num_pinned == 0
         self.scheduler.check_integrity()
         assert self.manager.num_free == self.manager.num_blocks
+
+
+def roomy(**knobs: int | float) -> World:
+    """A pool that never runs out."""
+    return World(400, 4, **({"max_batch_size": 8, "max_step_tokens": 64, "session_len": LONG} | knobs))  # type: ignore[arg-type]
+
+
+def feed(world: World, *token_ids: int) -> list[tuple[int, int, FinishReason | None]]:
+    """Apply the oldest step in flight with made-up ids."""
+    plan, _ = world.in_flight.popleft()
+    events = world.scheduler.apply(StepResult(plan.step, token_ids), world.now)
+    return [(e.sequence_id, e.token_id, e.finish_reason) for e in events]
+
+
+def rows(world: World) -> list[tuple[int, int, int, int]]:
+    """Rows of the next plan: (slot, start, count, sampled)."""
+    plan = world.plan()
+    return [] if plan is None else list(zip(plan.slots, plan.starts, plan.counts, plan.samples, strict=True))

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.plan:
         return plan(loaded)
-    return run(loaded)
+    return run(loaded, with_stdin=arguments.stop_with_stdin)
 
 
 def plan(loaded: LoadedConfig) -> int:
@@ -51,8 +51,8 @@ def plan(loaded: LoadedConfig) -> int:
     return EXIT_DEVICE if found.shortfall else EXIT_OK
 
 
-def run(loaded: LoadedConfig) -> int:
-    """Serve until a signal or the engine's death; returns the exit code."""
+def run(loaded: LoadedConfig, with_stdin: bool = False) -> int:
+    """Serve until a signal, the engine's death or (`with_stdin`) the end of standard input; returns the exit code."""
     import asyncio
     import logging
 
@@ -68,7 +68,7 @@ def run(loaded: LoadedConfig) -> int:
     loop = uvloop.new_event_loop()  # not asyncio.run: that waits for threads which may load or compile for minutes
     asyncio.set_event_loop(loop)
     try:
-        return loop.run_until_complete(Server(loaded.config).run())
+        return loop.run_until_complete(Server(loaded.config, with_stdin).run())
     finally:
         loop.close()
 

@@ -3,7 +3,9 @@
 Order at start: bind (a port in use is known before seconds are spent), answer health checks with 503, load in a
 thread, start the engine, be ready. On SIGTERM, SIGINT or SIGHUP: readiness goes red at once, the listener stays for
 `shutdown.drain_delay_s`, running answers may finish within `shutdown.drain_timeout_s`, then they get an error event.
-A second signal skips the waiting. When the engine dies every stream gets an error event first, then the process ends.
+A second signal skips the waiting. A program that starts the server can make its own end such a signal: standard input
+is then a pipe whose other end it holds, and which the system closes however it dies. When the engine dies every stream
+gets an error event first, then the process ends.
 
 Exit codes: 0 clean, 2 configuration, 3 model, 4 device, 5 engine died, 6 watchdog, 70 anything else.
 """
@@ -15,8 +17,10 @@ import contextlib
 import gc
 import logging
 import multiprocessing
+import os
 import resource
 import signal
+import stat
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -42,6 +46,7 @@ DEATH_NOTICE_S = 1.0  # how long health checks can see 503 before the port close
 LAST_WORDS_S = 2.0  # for handlers to send their error events
 STOP_S = 15.0  # for the engine to end its threads or processes in good order
 HURRY_S = 1.0  # the same when there is nothing to save: stopped while loading, or the engine is dead
+STDIN = 0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -61,14 +66,25 @@ def exit_code(error: BaseException) -> int:
 class _Signals:
     """Counts requests to stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_stdin: bool) -> None:
         self.count = 0
+        self._with_stdin = with_stdin
         self._arrived = asyncio.Event()
 
     def install(self) -> None:
+        """Raises OSError where standard input is to be watched and is no pipe."""
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self.arrive)
+        if self._with_stdin:
+            if not stat.S_ISFIFO(os.fstat(STDIN).st_mode):
+                raise OSError("--stop-with-stdin: standard input is no pipe; leave the flag out, or start the server with a pipe there")
+            loop.add_reader(STDIN, self._read)
+
+    def _read(self) -> None:
+        if not os.read(STDIN, 4096):
+            asyncio.get_running_loop().remove_reader(STDIN)
+            self.arrive()
 
     def arrive(self) -> None:
         self.count += 1
@@ -84,18 +100,23 @@ class _Signals:
 class Server:
     """One run of the server; `run` returns the exit code."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, with_stdin: bool = False) -> None:
+        """`with_stdin`: the end of standard input counts as SIGTERM."""
         self.config = config
         self.service = Service(config, model_name(config))
         self.listener = Listener(make_app(self.service), config.http)
         self.service.gate = self.listener.gate
-        self._signals = _Signals()
+        self._signals = _Signals(with_stdin)
         self._tasks: list[asyncio.Task[Any]] = []
         self._loaded: Loaded | None = None
         self._orderly = False  # drained: nothing of value is interrupted any more
 
     async def run(self) -> int:
-        self._signals.install()
+        try:
+            self._signals.install()
+        except OSError as error:
+            log.error("%s", error)
+            return EXIT_CONFIG
         server = self.config.server
         try:
             _raise_file_limit(self.listener)

@@ -201,7 +201,7 @@ def _checked(value: dict[str, Any]) -> dict[str, Any]:
 
 
 class RunningServer(APIClient):
-    """`python server.py` as a child process, and the client of it."""
+    """`python server.py` as a child process, and the client of it. The child ends with this process, also if that is killed."""
 
     def __init__(self, config: Config, scratch: tempfile.TemporaryDirectory[str] | None = None) -> None:
         """Start, and wait until it is ready. `scratch` is removed when it ends. Raises RuntimeError if it ends at once."""
@@ -217,7 +217,7 @@ class RunningServer(APIClient):
         self._scratch = scratch
         self._grace_s = config.shutdown.drain_delay_s + config.shutdown.drain_timeout_s + STOP_S
         command, environment = _command(config)
-        self.process = subprocess.Popen(command, env=environment)
+        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)  # closed when this process ends, however
         atexit.register(self._at_exit)
         try:
             while not self.is_ready():
@@ -249,6 +249,8 @@ class RunningServer(APIClient):
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         if self._scratch is not None:
             self._scratch.cleanup()
 
@@ -269,7 +271,7 @@ def _free_port(host: str) -> int:
 
 def _command(config: Config) -> tuple[list[str], dict[str, str]]:
     """Command line and environment. Knobs go on the command line; secrets into the environment, where only this user can read them."""
-    command = [sys.executable, str(Path(__file__).resolve().parent.parent / "server.py")]
+    command = [sys.executable, str(Path(__file__).resolve().parent.parent / "server.py"), "--stop-with-stdin"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
     for knob in all_knobs():
         value = getattr(getattr(config, knob.section), knob.name)

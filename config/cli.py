@@ -16,7 +16,7 @@ from config.version import VERSION
 
 
 def parser(prog: str = "server.py") -> argparse.ArgumentParser:
-    """Flags: --config --set --insecure --check --print-effective --plan --version. Wrong usage exits with code 2."""
+    """Flags: --config --set --insecure --stop-with-stdin --check --print-effective --plan --version. Wrong usage exits with code 2."""
     cli = argparse.ArgumentParser(
         prog=prog,
         description="Serve a language model behind an OpenAI-compatible port.",
@@ -26,6 +26,7 @@ def parser(prog: str = "server.py") -> argparse.ArgumentParser:
     cli.add_argument("--config", type=Path, metavar="FILE", help="TOML file, e.g. config/demo.toml")
     cli.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="sets", help="override one knob; repeatable")
     cli.add_argument("--insecure", action="store_true", help="allow a public bind without api keys")
+    cli.add_argument("--stop-with-stdin", action="store_true", help="stop as on SIGTERM when standard input, a pipe, is closed")
     cli.add_argument("--version", action="version", version=f"numbatch {VERSION}")
     what = cli.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="check the configuration and exit: 0 if it can be used, 2 with one line if not")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from numbatch import client, serve
+from tests.e2e.support import is_alive
 
 if TYPE_CHECKING:
     from api.remote import RunningServer
@@ -130,6 +131,30 @@ def test_a_script_that_ends_with_serve_serves_until_it_is_interrupted(root: Path
         running.kill()
         running.stderr.close()  # reading to its end would wait for the script's server
         running.wait()
+
+
+def test_a_script_that_is_killed_takes_its_server_along(root: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal\nfrom numbatch import serve\ns = serve(device='mock', server_port=0)\nprint(s.process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=root, capture_output=True, text=True, timeout=60
+    )  # until the server closes stderr
+    assert done.returncode == -signal.SIGKILL
+    end = time.monotonic() + 10
+    while is_alive(int(done.stdout)):
+        assert time.monotonic() < end, "the server outlives the script"
+        time.sleep(0.05)
+
+
+def test_a_server_told_to_watch_its_input_needs_a_pipe(root: Path) -> None:
+    command = [sys.executable, "server.py", "--config", "config/mock.toml", "--set", "server.server_port=0", "--stop-with-stdin"]
+    done = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "standard input is no pipe" in done.stderr
+    typed = subprocess.run(command, cwd=root, input="what is written there is not read\n", capture_output=True, text=True, timeout=60)
+    assert typed.returncode == 0, typed.stderr
 
 
 def test_a_script_that_fails_takes_its_server_along(root: Path, tmp_path: Path) -> None:

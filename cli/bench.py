@@ -16,6 +16,7 @@ BENCHES = {
     "delivery": "the way from the engine to the socket, with a mock model",
     "scheduler": "plan and apply, microseconds",
     "kernels": "each CPU kernel against the bandwidth of this machine",
+    "quality": "perplexity on a text, and the distance from another model: KL, first choices",
     "checkpoint": "write a checkpoint of real shapes with random weights",
     "compare_llamacpp": "the same work beside llama.cpp",
 }

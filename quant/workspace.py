@@ -26,15 +26,14 @@ from engine.weight_files import take_stock
 from engine.weights import Checkpoint
 from engine.workspace import layout_of, uneven_cut
 from formats.errors import FormatError
-from formats.gguf import without_tensors
 from formats.workspace import CONFIG, TOKENIZER, WEIGHTS, Value, is_workspace, settings_text
+from quant.disk import flush_folders, replace_folder
+from quant.disk import write_file as _write
+from quant.tokenizer_files import tokenizer_files
 from quant.triton_glue import write_glue
 from text.tokenizer import load_tokenizer
 
 MODEL_FORMATS = ("hf", "awq", "gguf", "llama", "qwen")  # what --model-format may say; the files say it themselves
-TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt")
-NOT_TOKENIZER = ("model.safetensors.index.json", "quantize.json")
-MAX_TOKENIZER_FILE = 256 << 20
 SPARE_BYTES = 64 << 20  # of the disk, beyond the weights
 TORCH_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int4": torch.float16}
 
@@ -105,8 +104,8 @@ def convert(
         _copy_tokenizer(source, tokenizer_path, partial / TOKENIZER)
         write_glue(partial)
         _write(weights / CONFIG, settings_text(settings).encode())  # last: without it nothing takes the folder for a workspace
-        _flush_folders(partial)
-        _replace(partial, dst)
+        flush_folders(partial)
+        replace_folder(partial, dst)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -342,57 +341,7 @@ def _bytes(array: np.ndarray, name: str, sizes: dict[str, int]) -> memoryview:
     return data.reshape(-1).view(np.uint8).data
 
 
-def _write(path: Path, data: bytes | memoryview) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _copy_tokenizer(source: Path, tokenizer_path: Path | str | None, folder: Path) -> None:
-    """The tokenizer and the small JSON files beside it; of a GGUF file its keys without tensors. No code is copied."""
     folder.mkdir(parents=True)
-    given = Path(tokenizer_path) if tokenizer_path else None
-    home = source if source.is_dir() else None
-    files = [path for pattern in TOKENIZER_FILES for path in sorted(home.glob(pattern))] if home else []
-    if given:
-        tokenizers = [given] if given.is_file() else [p for pattern in TOKENIZER_FILES for p in sorted(given.glob(pattern))]
-        files = [path for path in files if path.name == "config.json" or path.name == "generation_config.json"] + tokenizers
-    for path in {path.name: path for path in files if path.name not in NOT_TOKENIZER}.values():
-        if path.stat().st_size > MAX_TOKENIZER_FILE:
-            raise ModelError(f"{path.name}: {path.stat().st_size} bytes are too many for a tokenizer's file")
-        _write(folder / path.name, path.read_bytes())
-    if home is None and given is None:
-        try:
-            _write(folder / "tokenizer.gguf", without_tensors(source))
-        except FormatError as e:
-            raise ModelError(str(e)) from e
-
-
-def _flush_folders(top: Path) -> None:
-    for folder, _, _ in os.walk(top):
-        _flush(Path(folder))
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace(partial: Path, dst: Path) -> None:
-    """Put the finished folder in its place; the older workspace goes last."""
-    old = dst.with_name(f"{dst.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if os.path.lexists(dst):
-        os.rename(dst, old)
-    try:
-        os.rename(partial, dst)
-    except OSError:
-        if old.exists():
-            os.rename(old, dst)
-        raise
-    _flush(dst.absolute().parent)
-    shutil.rmtree(old, ignore_errors=True)
+    for name, data in tokenizer_files(source, tokenizer_path):
+        _write(folder / name, data)

@@ -37,17 +37,19 @@ def main(argv: list[str] | None = None) -> int:
 def plan(loaded: LoadedConfig) -> int:
     """Print the memory plan; 4 (as when there is too little memory at start) where the model does not fit."""
     from api.lifecycle import EXIT_DEVICE, EXIT_INTERNAL, EXIT_OK, exit_code
-    from api.loading import memory_plan
+    from api.loading import planned
+    from api.log import setup_logging
 
+    setup_logging(loaded.config.server.log_level, loaded.config.server.log_format)
     try:
-        found = memory_plan(loaded.config)
+        found, text = planned(loaded.config)
     except Exception as error:
         code = exit_code(error)
         if code == EXIT_INTERNAL:
             raise
         print(error, file=sys.stderr)
         return code
-    print(found.table())
+    print(text)
     return EXIT_DEVICE if found.shortfall else EXIT_OK
 
 

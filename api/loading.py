@@ -99,6 +99,16 @@ def memory_plan(config: Config) -> MemoryPlan:
     return plan_memory(config, resolve_spec(config), config.model.path, free_memory(config))
 
 
+def planned(config: Config) -> tuple[MemoryPlan, str]:
+    """The memory plan, and what `--plan` prints: its table, whether weights were there to count, and other precisions."""
+    from engine.plan_config import only_config, precision_table
+
+    config = with_local_files(config)
+    plan = memory_plan(config)
+    counted = ["no weights are here: counted from config.json"] if only_config(config.model.path) else []
+    return plan, "\n".join([*counted, plan.table(), "", precision_table(resolve_spec(config))])
+
+
 def _tokenizer(config: Config) -> Tokenizer:
     source = config.model.tokenizer or config.model.path
     return load_tokenizer(Path(source)) if source else ByteTokenizer()

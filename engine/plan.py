@@ -20,7 +20,8 @@ from engine.errors import ConfigError
 from engine.load_backend import computing_dtype, resolved
 from engine.models.shard import Share, largest_share
 from engine.models.spec import ModelSpec
-from engine.weight_files import Stored, take_stock
+from engine.plan_config import stock_for_plan
+from engine.weight_files import Stored
 
 # Bytes an element of a weight takes once packed for the CPU kernels (the table in engine/cpu/matmul.py): nibbles with
 # 16-bit scale and bias, or 32-bit ones where 16 bits would round them (of AWQ, most zeros); int8 with a 32-bit scale. The
@@ -44,7 +45,7 @@ def memory_parts(path: Path | str, spec: ModelSpec, *, dtype: str, tp: int = 1) 
 
     `dtype` is the computing one: float32 is the exact mode, in which every weight is dense.
     """
-    stock = take_stock(path, spec)
+    stock = stock_for_plan(path, spec)
     share = largest_share(spec, tp)
     cut = _cuts(spec, share)
     forms = _forms(stock)
@@ -203,7 +204,7 @@ def _on_host(config: Config, spec: ModelSpec, path: Path | str, share: Share, em
 
 def _on_cards(config: Config, spec: ModelSpec, path: Path | str, share: Share, empty: MemoryPlan) -> MemoryPlan:
     """Every rank has a card of its own."""
-    weights = plan_cuda.card_weights(take_stock(path, spec), spec, share, empty.ranks)
+    weights = plan_cuda.card_weights(stock_for_plan(path, spec), spec, share, empty.ranks)
     free = empty.free_bytes - sum(weights.parts.values())
     copy = plan_cuda.makes_dense_copy(config, weights.copy_bytes, free)
     return dataclasses.replace(

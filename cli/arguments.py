@@ -24,7 +24,14 @@ RENAMED = {
     "--max-num-seqs": "--max-batch-size",
     "--served-model-name": "--model-name",
     "--gpu-memory-utilization": "--cache-max-entry-count",
+    "--device-memory-utilization": "--cache-max-entry-count",
+    "-tp": "--tp",
     "-temp": "--temperature",
+}
+# what a new name does not say by itself
+OTHERWISE = {
+    "--gpu-memory-utilization": ", a share of what is free after the weights, not of all memory",
+    "--device-memory-utilization": ", a share of what is free after the weights, not of all memory",
 }
 EXIT_USAGE = 2
 
@@ -41,7 +48,7 @@ def modern(argv: Sequence[str], note: Callable[[str], None]) -> list[str]:
             new = name.replace("_", "-")
         new = RENAMED.get(new, new)
         if new != name:
-            note(f"{name} is now {new}")
+            note(f"{name} is now {new}{OTHERWISE.get(name.replace('_', '-'), '')}")
         out.append(new + equals + value)
     return out
 
@@ -65,12 +72,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)
+        own = {option for action in self._actions for option in action.option_strings}
         for word in words:
             name = word.partition("=")[0]
             if word.startswith("--help="):
                 print(self.help_on(word.partition("=")[2]))
                 raise SystemExit(0)
-            if name in self.refused:
+            if name in self.refused and name not in own:
                 self.error(f"{name}: {self.refused[name]}")
         found, left = self.parse_known_args(words, namespace)
         if left:
@@ -100,7 +108,7 @@ class Parser(argparse.ArgumentParser):
         if not name.startswith("-"):
             return f"{name!r} is one word too many; {self.prog} --help lists what is read"
         options = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(name, options, 1, 0.5)
+        near = difflib.get_close_matches(name, options, 1, 0.6)
         return f"there is no flag {name}" + (f"; did you mean {near[0]}?" if near else f"; {self.prog} --help lists them")
 
 

@@ -2,7 +2,7 @@
 
 A command builds its parser from some sections of `FLAGS`, and turns what was given into `section.key=value` texts
 for the configuration loader, where all checking happens. Each flag that was used is printed with its key, so that
-the command line can become a file. What LMDeploy has and numbatch does not is refused with a sentence (`REFUSED`).
+the command line can become a file. What other servers have and numbatch does not is refused with a sentence (cli/theirs.py).
 """
 
 from __future__ import annotations
@@ -14,37 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cli.arguments import Parser, UsageError
+from cli.arguments import RENAMED, Parser, UsageError
+from cli.theirs import refusals
 from config.checks import is_loopback
 from config.errors import ConfigError
 from config.given import QUANT_POLICIES, checkpoint_format
 from config.load import KNOBS, LoadedConfig, all_knobs, load_config, toml_value
 
 LOG_LEVELS = {"FATAL": "CRITICAL", "WARN": "WARNING", "NOTSET": "DEBUG"}  # LMDeploy's names that are others' twins
-LATER = "in a later version; leave it out."
-
-REFUSED = {
-    "--adapters": f"LoRA adapters come {LATER}",
-    "--proxy-url": f"the request distributor comes {LATER}",
-    "--tool-call-parser": f"tool calling comes {LATER}",
-    "--reasoning-parser": f"splitting off reasoning text comes {LATER}",
-    "--vision-max-batch-size": "models are text only; leave it out.",
-    "--trust-remote-code": "numbatch never runs code that comes with a checkpoint; leave it out.",
-    "--max-prefill-iters": "prompts are cut by --max-prefill-token-num and mixed with decoding in every step; leave it out.",
-    "--eager-mode": "there is no graph mode to switch off; leave it out.",
-    "--speculative-algorithm": f"speculative decoding comes {LATER}",
-    "--dp": f"data parallelism comes {LATER}",
-    "--ep": f"expert parallelism comes {LATER}",
-    "--cp": f"context parallelism comes {LATER}",
-    "--nnodes": f"several machines come {LATER}",
-    "--role": f"separate prefill and decode come {LATER}",
-    "--distributed-executor-backend": "ranks are processes of this machine; leave it out.",
-    "--disable-metrics": "/metrics costs next to nothing and cannot be switched off; leave it out.",
-    "--disable-fastapi-docs": "/docs is a static page and cannot be switched off; leave it out.",
-    "--allow-terminate-by-client": "a client cannot end the server; send it SIGTERM.",
-    "--max-log-len": "prompts are never logged; leave it out.",
-    "--hf-overrides": "the checkpoint's own config.json is what is read; change it there.",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +81,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("--qos-config-path", _home("qos_config_path", "admission"), LIMITS, "JSON file with user groups and quotas", metavar="FILE"),
 )  # fmt: skip
 BY_NAME = {flag.name: flag for flag in FLAGS}
+REFUSED = {name: why for name, why in refusals().items() if name not in BY_NAME and name not in RENAMED}  # flags that no command has
 
 
 def destination(flag: Flag) -> str:

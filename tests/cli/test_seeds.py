@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from cli.main import main
 from tests.api.harness import mock_config, serving
 from tests.cli.programs import NUMBATCH, ROOT, run
 from tests.e2e.support import free_port
@@ -179,6 +181,31 @@ def test_old_spellings_of_the_server(toy_model: Path) -> None:
     for line in ("--server_name is now --server-name", "--instance_num is now --max-batch-size", "engine.max_batch_size = 64"):
         assert line in checked.stderr
     assert 'server.server_name = "0.0.0.0"' in checked.stderr
+
+
+def test_every_flag_of_the_first_seed_at_once(
+    toy_awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seed 000's list for `serve api_server`; --adapters, the one that is not there yet, is refused by its name."""
+    groups = {name: [{"id": "default", "quota_pct": 100}] for name in ("Platinum", "Gold", "Silver", "Bronze")}
+    (tmp_path / "qos.json").write_text(json.dumps({"enable_user_qos": True, "user_groups": list(groups), "user_group_map": groups}))
+    for name in ("SSL_KEYFILE", "SSL_CERTFILE"):
+        (tmp_path / name).write_text("")
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("NUMBATCH_ENGINE_KERNEL_CACHE_DIR", str(tmp_path))  # where the template's file goes
+    flags = f"""--server-name 0.0.0.0 --server-port 23333 --allow-origins https://a.example --allow-credentials --allow-methods GET POST
+        --allow-headers X-A --qos-config-path {tmp_path}/qos.json --backend turbomind --log-level ERROR --api-keys k1 k2 --ssl
+        --chat-template internlm2 --meta-instruction Short. --cap chat --tp 1 --model-name m --session-len 64 --max-batch-size 128
+        --cache-max-entry-count 0.8 --cache-block-seq-len 64 --model-format awq --quant-policy 0 --rope-scaling-factor 0.0"""
+    command = ["serve", "api_server", str(toy_awq), *flags.split()]
+    assert main([*command, "--print-effective"]) == 0
+    said = capsys.readouterr()
+    effective = tomllib.loads(said.out)
+    assert (effective["engine"]["max_batch_size"], effective["model"]["model_name"], effective["server"]["insecure"]) == (128, "m", False)
+    assert "Short." in Path(effective["model"]["chat_template"]).read_text()
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--adapters", "mylora=/path"])
+    assert "--adapters: LoRA adapters come in a later version" in capsys.readouterr().err
 
 
 def test_api_server_of_a_workspace(workspace: Path) -> None:

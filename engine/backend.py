@@ -15,13 +15,14 @@ import torch
 from engine.awq import AWQ
 from engine.batch import Batch
 from engine.cache.layout import KVLayout
+from engine.eight_bit import Float8, Int8
 from engine.models.spec import ModelSpec
 from engine.w4 import W4
 from engine.w8 import W8
 
 Array = Any
 Dense = torch.Tensor  # float32, float16 or bfloat16, on the CPU as read from the file
-Weight = Dense | W4 | W8 | AWQ
+Weight = Dense | W4 | W8 | AWQ | Int8 | Float8
 
 
 class Backend(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import awq, w4, w8
+from engine import awq, eight_bit, w4, w8
 from engine.backend import Dense, Weight
 from engine.batch import Batch
 from engine.cache.layout import KVLayout
@@ -27,6 +27,8 @@ def dense(weight: Weight) -> np.ndarray:
         return w4.dequantize(weight)
     if isinstance(weight, w8.W8):
         return w8.dequantize(weight)
+    if isinstance(weight, eight_bit.Int8 | eight_bit.Float8):
+        return eight_bit.dequantize(weight)
     return weight.to(torch.float32).numpy()
 
 

@@ -6,7 +6,8 @@ scale and a bias:
     w[n, k] = scale[n, k // g] * q[n, k] + bias[n, k // g]          q in 0 .. 15
 
 Every 4-bit format this project reads maps onto it without loss: GGUF Q4_0 (bias = -8 d), Q4_1 (bias = m),
-AWQ and GPTQ (bias = -zero * scale). Two nibbles a byte, the even input channel in the low nibble:
+AWQ and GPTQ (bias = -zero * scale). A weight that was quantized in another order of its input channels (GPTQ's act-order) is
+kept in that order, so that groups are neighbours, and says so. Two nibbles a byte, the even input channel in the low nibble:
 
     qweight[n, k // 2] = q[n, k] | q[n, k + 1] << 4        k even          uint8   [N, K / 2]
     scale, bias                                                          float32 [N, K / g]
@@ -18,6 +19,7 @@ it. numpy only.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +35,8 @@ class W4:
     qweight: np.ndarray
     scale: np.ndarray
     bias: np.ndarray
+    integer_zeros: bool = False  # bias is -zero * scale with zero in 0 .. 15
+    order: np.ndarray | None = None  # int32 [K]: column j stands for input channel order[j], whose activation it wants
 
     @property
     def out_features(self) -> int:
@@ -48,19 +52,32 @@ class W4:
 
     def rows(self, start: int, stop: int) -> W4:
         """Output channels start .. stop-1 (views)."""
-        return W4(self.qweight[start:stop], self.scale[start:stop], self.bias[start:stop])
+        return dataclasses.replace(self, qweight=self.qweight[start:stop], scale=self.scale[start:stop], bias=self.bias[start:stop])
 
     def columns(self, start: int, stop: int) -> W4:
-        """Input channels start .. stop-1, multiples of the group size (views)."""
+        """Input channels start .. stop-1, multiples of the group size (views); not of a weight with an order."""
         g = self.group_size
+        if self.order is not None:
+            raise ValueError("a share of the input channels of a weight with an order is cut where it is read")
         if start % g or stop % g:
             raise ValueError(f"input channels {start}:{stop} cut a W4 group of {g} in two")
-        return W4(self.qweight[:, start // 2 : stop // 2], self.scale[:, start // g : stop // g], self.bias[:, start // g : stop // g])
+        groups = slice(start // g, stop // g)
+        return dataclasses.replace(
+            self, qweight=self.qweight[:, start // 2 : stop // 2], scale=self.scale[:, groups], bias=self.bias[:, groups]
+        )
 
 
 def concat_rows(parts: list[W4]) -> W4:
-    """Stack output channels (q, k, v; gate, up) of weights with one K and one group size."""
-    return W4(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("qweight", "scale", "bias")))
+    """Stack output channels (q, k, v; gate, up) of weights with one K, one group size and one order (`same_columns`)."""
+    stacked = (np.concatenate([getattr(p, name) for p in parts]) for name in ("qweight", "scale", "bias"))
+    return W4(*stacked, integer_zeros=all(p.integer_zeros for p in parts), order=parts[0].order)
+
+
+def same_columns(parts: list[W4]) -> bool:
+    """Whether these have one group size, and their input channels in one order."""
+    first = parts[0].order
+    same = all(p.order is None if first is None else p.order is not None and np.array_equal(p.order, first) for p in parts)
+    return same and len({p.group_size for p in parts}) == 1
 
 
 def pack(q: np.ndarray) -> np.ndarray:
@@ -81,10 +98,15 @@ def unpack(qweight: np.ndarray) -> np.ndarray:
 
 
 def dequantize(w: W4) -> np.ndarray:
-    """float32 [N, K]."""
+    """float32 [N, K], input channels as the model counts them."""
     g = w.group_size
     q = unpack(w.qweight).reshape(w.out_features, -1, g).astype(np.float32)
-    return (q * w.scale[:, :, None] + w.bias[:, :, None]).reshape(w.out_features, w.in_features)
+    values = (q * w.scale[:, :, None] + w.bias[:, :, None]).reshape(w.out_features, w.in_features)
+    if w.order is None:
+        return values
+    out = np.empty_like(values)
+    out[:, w.order] = values
+    return out
 
 
 def cuda_w4_bytes(out_features: int, in_features: int, group_size: int) -> int:

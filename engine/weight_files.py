@@ -4,8 +4,8 @@ Canonical names are the ones of `engine/models/decoder.py`:
 
     embed   layers.{i}.{input_norm,q,k,v,o,q_norm,k_norm,post_norm,gate,up,down}   final_norm   lm_head
 
-each with `.weight` and, where the spec says so, `.bias`. A weight in AWQ's form is one parameter made of three tensors;
-q, k and v may be rows of one tensor (`RowPick`). Headers only, no torch: the memory plan is made from this.
+each with `.weight` and, where the spec says so, `.bias`. A quantized weight is one parameter made of several tensors
+(`engine/quantized_files.py`); q, k and v may be rows of one tensor (`RowPick`). Headers only, no torch: the memory plan is made from this.
 """
 
 from __future__ import annotations
@@ -13,23 +13,19 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-
-from engine.awq import PACK
 from engine.errors import ModelError
 from engine.models.families import BY_KV_HEAD, FAMILIES, GGUF_NAMES, Family
-from engine.models.spec import AwqSpec, ModelSpec
+from engine.models.spec import ModelSpec
+from engine.quantized_files import drop_zero_bias, is_quantized, join_linear
+from engine.stored import DENSE_TYPES, RowPick, Stored
 from formats.errors import FormatError, printable
 from formats.gguf import GGUFFile, read_gguf
 from formats.json_file import read_json
 from formats.safetensors import SafetensorsFile, read_safetensors
 from formats.workspace import is_workspace, read_workspace
 
-DENSE_TYPES = ("F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 32 << 20
@@ -39,42 +35,6 @@ MAX_LISTED = 8  # names in a message
 DERIVED = re.compile(
     r"((model|transformer)\.(layers\.\d{1,4}\.(self_attn|attention)\.)?rotary_emb\.inv_freq|rope_freqs\.weight|blk\.\d{1,4}\.attn_rot_embd)"
 )
-
-
-class TensorFile(Protocol):
-    """What GGUFFile and SafetensorsFile have in common."""
-
-    @property
-    def path(self) -> Path: ...
-
-    def raw(self, name: str) -> np.ndarray: ...
-
-
-@dataclass(frozen=True, slots=True)
-class RowPick:
-    """Which rows of a tensor a parameter is: of every `stride` rows, `count` from `start`."""
-
-    start: int
-    count: int
-    stride: int
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Where a parameter lies. `shape` is the parameter's, which is the tensor's unless `pick` takes some of its rows.
-    `type` is a key of `formats.gguf.TYPES` (safetensors: one of DENSE_TYPES, or AWQ)."""
-
-    file: TensorFile
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    interleaved_heads: int = 0  # rows of this many heads are in GGUF's order: pairs of rotated dimensions side by side
-    parts: tuple[Stored, ...] = ()  # AWQ: qweight, qzeros, scales, or qweight, scales; `shape` is [N, K], `name` the linear's
-    pick: RowPick | None = None
-    unit_rows: bool = False  # each row is divided by its length when read (Baichuan2's output head)
-
-    def fail(self, reason: str) -> ModelError:
-        return ModelError(f"{printable(self.file.path.name)}: {printable(self.name)}: {reason}")
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -141,8 +101,8 @@ def _stock_of_directory(path: Path, spec: ModelSpec) -> dict[str, Stored]:
     if spec.tie_word_embeddings:
         found.pop(file_name("lm_head.weight", family.names), None)  # a copy that some checkpoints carry; the embedding rules
     file = INDEX if (path / INDEX).exists() else SINGLE
-    if spec.awq is not None:
-        _join_awq(file, found, spec, spec.awq)
+    if spec.quant is not None:
+        _join_quantized(file, found, spec)
     stock = _match(file, found, family.names, spec, family)
     if family.unit_head and "lm_head.weight" in stock:
         stock["lm_head.weight"] = dataclasses.replace(stock["lm_head.weight"], unit_rows=True)
@@ -167,44 +127,34 @@ def _tensor_shape(canonical: str, shape: tuple[int, ...], picks: Mapping[str, Ro
     return shape if pick is None else (shape[0] // pick.count * pick.stride, *shape[1:])
 
 
-def _join_awq(file: str, found: dict[str, Stored], spec: ModelSpec, awq: AwqSpec) -> None:
+def _join_quantized(file: str, found: dict[str, Stored], spec: ModelSpec) -> None:
     """Put one entry, named as a dense weight would be, in the place of a quantized linear's tensors."""
-    missing = []
+    missing: dict[str, None] = {}
     family = FAMILIES[spec.family]
     picks = _picks(spec, family)
-    for canonical, shape in expected_shapes(spec).items():
+    shapes = expected_shapes(spec)
+    for canonical, shape in shapes.items():
         linear = file_name(canonical, family.names).rpartition(".")[0]
         shape = _tensor_shape(canonical, shape, picks)
-        if len(shape) != 2 or canonical == "embed.weight" or any(name in linear for name in awq.not_converted):
+        if len(shape) != 2 or canonical == "embed.weight" or spec.quant is None or (scheme := spec.quant.scheme(linear)) is None:
             continue
-        if canonical == "lm_head.weight" and f"{linear}.qweight" not in found:
-            continue  # most checkpoints leave it as it was, and do not say so
-        if f"{linear}.weight" in found:
-            if found[f"{linear}.weight"].parts:
-                continue  # q, k and v are one linear
-            raise found[f"{linear}.weight"].fail("is a dense weight; quantization_config says that this linear is quantized")
-        names = ["qweight", "qzeros", "scales"] if awq.zero_point or f"{linear}.qzeros" in found else ["qweight", "scales"]
-        absent = [f"{linear}.{name}" for name in names if f"{linear}.{name}" not in found]
-        missing += [name for name in absent if name not in missing]
-        if not absent:
-            parts = tuple(found.pop(f"{linear}.{name}") for name in names)
-            _check_awq(dict(zip(names, parts, strict=True)), shape, awq.group_size, picks)
-            found[f"{linear}.weight"] = Stored(parts[0].file, linear, shape, "AWQ", parts=parts)
+        whole = found.get(f"{linear}.weight")
+        if not is_quantized(linear, scheme, found) and (canonical == "lm_head.weight" or scheme.may_be_dense):
+            continue  # most checkpoints leave the head as it was, and do not say so
+        if whole is not None and whole.parts:
+            continue  # q, k and v are one linear
+        if whole is not None and whole.type in DENSE_TYPES:
+            raise whole.fail("is a dense weight; quantization_config says that this linear is quantized")
+        try:
+            stored = join_linear(linear, (shape[0], shape[1]), scheme, picks, found)
+        except KeyError as absent:
+            missing |= dict.fromkeys(absent.args)
+            continue
+        found[f"{linear}.weight"] = stored
+        if f"{canonical.removesuffix('weight')}bias" not in shapes:
+            drop_zero_bias(linear, found)
     if missing:
-        raise ModelError(f"{printable(file)}: missing: {_listing(missing)}")
-
-
-def _check_awq(parts: dict[str, Stored], shape: tuple[int, ...], group: int, picks: Mapping[str, RowPick]) -> None:
-    n, k = shape
-    if any(pick.start % PACK or pick.count % PACK for pick in picks.values()):
-        raise parts["qweight"].fail(f"q, k and v do not lie between whole int32s of {PACK} output channels")
-    if n % PACK or k % group:
-        raise parts["qweight"].fail(f"{n} output and {k} input channels are no whole int32s of {PACK} and groups of {group}")
-    wanted = {"qweight": ("I32", (k, n // PACK)), "qzeros": ("I32", (k // group, n // PACK)), "scales": ("F16", (k // group, n))}
-    for name, part in parts.items():
-        if (part.type, part.shape) != wanted[name]:
-            kind, size = wanted[name]
-            raise part.fail(f"{part.type} {part.shape}, the model's configuration wants {kind} {size}")
+        raise ModelError(f"{printable(file)}: missing: {_listing(list(missing))}")
 
 
 def _shards(path: Path) -> list[SafetensorsFile]:

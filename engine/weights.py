@@ -3,14 +3,13 @@
 Strict both ways: `open_checkpoint` refuses a file that lacks or adds a tensor, `finish` a model that did not ask for
 all of them. Only the rows and blocks asked for are read. What comes back is a copy that does not hold the file open and
 may be changed; of AWQ weights, and of 16-bit and 32-bit ones where `views` was asked for, it is the mapped file itself,
-not to be written to. Knows nothing of backends and ranks.
+not to be written to. Quantized linears of other forms are read in `engine/quantized_weights.py`. Knows nothing of backends
+and ranks.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,17 @@ import torch
 
 from engine import awq, w4, w8
 from engine.awq import AWQ
+from engine.eight_bit import Float8, Int8
 from engine.errors import ModelError
 from engine.gguf_blocks import W4_CONVERTERS, W8_CONVERTERS, to_float32, to_w4, to_w8
-from engine.host import usable_cores
 from engine.models.spec import ModelSpec
+from engine.packed_ints import Rows
+from engine.pieces import BITS, all_finite, in_pieces
+from engine.quantized_weights import READERS, order_of_stored
+from engine.stored import Stored
 from engine.w4 import W4
 from engine.w8 import W8
-from engine.weight_files import Stored, take_stock
+from engine.weight_files import take_stock
 from formats.gguf import TYPES
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,14 +37,8 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype("<u2"),
     # numpy has no bfloat16: halves as bits
 }
-BITS = {  # signed integer of the same size, all bits but the sign, infinity
-    torch.float32: (torch.int32, np.int32(0x7FFFFFFF), 0x7F800000),
-    torch.float16: (torch.int16, np.int16(0x7FFF), 0x7C00),
-    torch.bfloat16: (torch.int16, np.int16(0x7FFF), 0x7F80),
-}
 CHUNK = 1 << 18  # elements dequantized at a time, so that the float32 numbers stay in a core's cache
 GROUPED_CHUNK = 1 << 20  # elements brought into W4 or W8 at a time: smaller pieces wait for the interpreter's lock
-MAX_THREADS = 8  # that convert; more do not help, since memory and the interpreter are shared
 TORCH_GRAIN = 1 << 15  # up to so many elements torch converts without waking its threads, which costs more than it gains
 GROUP_SIZE = 32  # of every GGUF type that becomes W4 or W8
 FULL = slice(None)
@@ -65,25 +62,35 @@ class Checkpoint:
         self._used: set[str] = set()
 
     def weight(
-        self, name: str, *, rows: slice | None = None, columns: slice | None = None, dense: bool = False
-    ) -> torch.Tensor | W4 | W8 | AWQ:
+        self, name: str, *, rows: Rows | None = None, columns: slice | None = None, dense: bool = False, in_order: bool = False
+    ) -> torch.Tensor | W4 | W8 | AWQ | Int8 | Float8:
         """Output channels `rows` and input channels `columns` of a weight (a norm's: [features]).
 
-        Formats that map exactly onto W4 or W8, and AWQ's own, come so, unless `dense` or a slice that cuts a group (of
-        AWQ: 8 rows) in two; everything else as float32, float16 or bfloat16, quantized ones dequantized in float32 and
-        rounded to float16, which is what a 16-bit checkpoint made from the file would hold.
+        Formats that map exactly onto W4, W8, Int8 or Float8, and AWQ's own, come so, unless `dense` or a slice that cuts a
+        group (of AWQ: 8 rows) in two; everything else as float32, float16 or bfloat16, quantized ones dequantized in float32
+        and rounded to float16, which is what a 16-bit checkpoint made from the file would hold. `in_order`: the input
+        channels are those of `order`, sorted so, and `columns` counts in it.
         """
         stored = self._find(f"{name}.weight")
-        rows, columns = rows or FULL, columns or FULL
+        rows, columns = FULL if rows is None else rows, columns or FULL
         if stored.type in DTYPES:
             return _plain(stored, rows, columns, self._views)
+        if stored.type in READERS:
+            return READERS[stored.type](stored, rows, columns, dense, in_order)
+        if not isinstance(rows, slice):
+            raise ValueError(f"{name}: rows of {stored.type} come as a slice")
         if stored.type == "AWQ":
             return _awq(stored, rows, columns, dense)
         return _quantized(stored, rows, columns, dense)
 
-    def bias(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    def order(self, name: str) -> np.ndarray | None:
+        """int32 [K]: the input channels of a weight as they were quantized (act-order), groups one after the other; None
+        where that is the model's own order."""
+        return order_of_stored(self._stock[f"{name}.weight"])
+
+    def bias(self, name: str, rows: Rows | None = None) -> torch.Tensor:
         """[N], as stored; ModelError where the model has none."""
-        return _plain(self._find(f"{name}.bias"), rows or FULL, FULL, self._views)
+        return _plain(self._find(f"{name}.bias"), FULL if rows is None else rows, FULL, self._views)
 
     def finish(self) -> None:
         """Everything was asked for, or ModelError lists what was not."""
@@ -97,7 +104,7 @@ class Checkpoint:
         return self._stock[canonical]
 
 
-def _plain(stored: Stored, rows: slice, columns: slice, views: bool) -> torch.Tensor:
+def _plain(stored: Stored, rows: Rows, columns: slice, views: bool) -> torch.Tensor:
     array: np.ndarray = _picked(stored.file.raw(stored.name).view(NUMPY_DTYPES[stored.type]), stored)
     array = _take_rows(array, rows, stored)
     if array.ndim == 2:
@@ -132,7 +139,7 @@ def _awq(stored: Stored, rows: slice, columns: slice, dense: bool) -> torch.Tens
     g = whole.group_size
     # what holds the slice and cuts nothing in two
     weight = whole.rows(_down(top, awq.PACK), _up(bottom, awq.PACK)).columns(_down(left, g), _up(right, g))
-    if not _all_finite(weight.scales.view(np.int16), torch.float16):
+    if not all_finite(weight.scales.view(np.int16), torch.float16):
         raise stored.parts[-1].fail("a scale is not a finite number")
     if not dense and weight.out_features == bottom - top and weight.in_features == right - left:
         return weight
@@ -143,7 +150,7 @@ def _awq(stored: Stored, rows: slice, columns: slice, dense: bool) -> torch.Tens
         values = w4.dequantize(awq.to_w4(weight.rows(part.start, part.stop)))
         out[part] = torch.from_numpy(values[:, left : left + out.shape[1]])
 
-    _in_pieces(convert, weight.out_features, _up(CHUNK // weight.in_features, awq.PACK))
+    in_pieces(convert, weight.out_features, _up(CHUNK // weight.in_features, awq.PACK))
     return out[top % awq.PACK :][: bottom - top]
 
 
@@ -199,21 +206,8 @@ def _grouped(raw: np.ndarray, kind: str, start: int, stop: int) -> W4 | W8:
         for name in ("qweight", "scale", "bias") if isinstance(out, W4) else ("q", "scale"):
             getattr(out, name)[part] = getattr(source, name)
 
-    _in_pieces(convert, n, max(1, GROUPED_CHUNK // width))
+    in_pieces(convert, n, max(1, GROUPED_CHUNK // width))
     return out
-
-
-def _in_pieces(convert: Callable[[slice], None], rows: int, step: int) -> None:
-    """`convert` some rows at a time, on as many threads as there is work for (numpy lets them run side by side)."""
-    pieces = [slice(row, min(row + step, rows)) for row in range(0, rows, step)]
-    threads = min(usable_cores(), MAX_THREADS, len(pieces) // 2)
-    if threads < 2:
-        for piece in pieces:
-            convert(piece)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(convert, pieces):
-            pass  # an error of a piece is raised here
 
 
 def _dequantized(raw: np.ndarray, kind: str, columns: slice) -> torch.Tensor:
@@ -227,7 +221,7 @@ def _dequantized(raw: np.ndarray, kind: str, columns: slice) -> torch.Tensor:
         for target, source in zip(out[part].split(piece), values.split(piece), strict=True):
             target.copy_(source)
 
-    _in_pieces(convert, n, max(1, CHUNK // width))
+    in_pieces(convert, n, max(1, CHUNK // width))
     return out
 
 
@@ -237,7 +231,7 @@ def _float32(raw: np.ndarray, kind: str) -> np.ndarray:
     return w8.dequantize(to_w8(raw, kind)) if kind in W8_CONVERTERS else to_float32(raw, kind)
 
 
-def _take_rows(array: np.ndarray, rows: slice, stored: Stored) -> np.ndarray:
+def _take_rows(array: np.ndarray, rows: Rows, stored: Stored) -> np.ndarray:
     """Rows in the model's order. GGUF's interleaved heads have row 2 i + j where the model has j * head_dim / 2 + i."""
     if not stored.interleaved_heads:
         return array[rows]
@@ -252,12 +246,6 @@ def _check_scales(weight: W4 | W8, stored: Stored) -> None:
 
 
 def _finite(tensor: torch.Tensor, stored: Stored) -> torch.Tensor:
-    if not _all_finite(tensor.view(BITS[tensor.dtype][0]).numpy(), tensor.dtype):
+    if not all_finite(tensor.view(BITS[tensor.dtype][0]).numpy(), tensor.dtype):
         raise stored.fail("holds a number that is not finite")
     return tensor
-
-
-def _all_finite(bits: np.ndarray, dtype: torch.dtype) -> bool:
-    """NaN and infinity have all bits of the exponent set; looking at bits is several times as fast as a sum."""
-    _, magnitude, limit = BITS[dtype]
-    return not bits.size or int((bits & magnitude).max()) < limit

@@ -71,7 +71,7 @@ def spec_of_workspace(workspace: Workspace) -> ModelSpec:
         bos_token_id=keys.integer("start_id", -1, vocab - 1),
         eos_token_ids=_eos(workspace, keys, vocab),
         dtype=DTYPES[weight_type][0],
-        awq=_awq(keys, weight_type),
+        quant=_awq(keys, weight_type),
     )
     _check_ranks(keys, spec)
     _compare(workspace, spec)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import awq, w4, w8
+from engine import awq, eight_bit, w4, w8
 from engine.backend import Dense, Weight
 from engine.batch import Batch
 from engine.cache.layout import KVLayout
@@ -28,6 +28,7 @@ from engine.cpu.program import L, P
 from engine.cpu.threads import Pool, aligned
 from engine.cpu.vector import compiled
 from engine.errors import ConfigError
+from engine.models.layers import to_dense
 from engine.models.spec import ModelSpec
 
 Array = np.ndarray
@@ -124,6 +125,8 @@ class CpuBackend:
     def _pack(self, weight: Weight, bias: np.ndarray | None) -> Packed:
         if isinstance(weight, awq.AWQ):
             weight = awq.to_w4(weight)
+        if isinstance(weight, eight_bit.Int8 | eight_bit.Float8) or isinstance(weight, w4.W4) and weight.order is not None:
+            weight = to_dense(weight)
         if isinstance(weight, w4.W4):
             if not self._exact:
                 return matmul.pack_w4(weight.qweight, weight.scale, weight.bias, bias)

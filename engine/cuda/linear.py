@@ -98,9 +98,11 @@ class Linears:
             return None
         if float32_out and self._device.cc < TENSOR_CORES:
             return None
+        if any(isinstance(part, W4) and part.order is not None for part in grouped):
+            return None
         first = grouped[0]
         n, k, group = sum(part.out_features for part in grouped), first.in_features, first.group_size
-        form = "zero" if isinstance(first, AWQ) else "bias"
+        form = "zero" if isinstance(first, AWQ) or first.integer_zeros else "bias"
         if (group, form) not in self._repacks:
             self._repacks[group, form] = W4Repack(self._library, group, form, self._dtype)
         repack = self._repacks[group, form]

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from engine import awq, w4, w8
+from engine import awq, eight_bit, w4, w8
 from engine.backend import Array, Backend, Weight
+from engine.eight_bit import Float8, Int8
 from engine.models.shard import make_shard
 from engine.models.spec import ModelSpec
+from engine.packed_ints import Rows
 from engine.parallel import Ranks
 from engine.weights import Checkpoint
 
@@ -66,6 +68,9 @@ class LayerLoader:
         spec, shard = self._spec, self.shard
         base = f"layers.{index}"
         q, kv = _channels(shard.heads, spec.head_dim), _channels(shard.kv_heads, spec.head_dim)
+        # down's input channels in the order in which they were quantized: gate and up bring them so, at no cost
+        order = self._checkpoint.order(f"{base}.down")
+        inner = shard.intermediate if order is None else order[shard.intermediate]
         return Layer(
             input_norm=self.norm(f"{base}.input_norm"),
             qkv=self._out([(f"{base}.q", q), (f"{base}.k", kv), (f"{base}.v", kv)], spec.qkv_bias),
@@ -73,8 +78,8 @@ class LayerLoader:
             k_norm=self.norm(f"{base}.k_norm") if spec.qk_norm else None,
             o=self._in(f"{base}.o", q, spec.o_bias),
             post_norm=self.norm(f"{base}.post_norm"),
-            gate_up=self._out([(f"{base}.gate", shard.intermediate), (f"{base}.up", shard.intermediate)], spec.mlp_bias),
-            down=self._in(f"{base}.down", shard.intermediate, spec.mlp_bias),
+            gate_up=self._out([(f"{base}.gate", inner), (f"{base}.up", inner)], spec.mlp_bias),
+            down=self._in(f"{base}.down", shard.intermediate, spec.mlp_bias, in_order=order is not None),
             window=spec.window(index),
         )
 
@@ -93,15 +98,15 @@ class LayerLoader:
             head = self._backend.prepare_head(self._checkpoint.weight(head_name, rows=vocab, dense=self._exact))
         return embedding, Linear(head, self._backend, self._ranks, "out")
 
-    def _out(self, parts: list[tuple[str, slice]], bias: bool) -> Linear:
+    def _out(self, parts: list[tuple[str, Rows]], bias: bool) -> Linear:
         """Several weights that read the same input, as one: their output channels one after the other."""
         weights = [self._checkpoint.weight(name, rows=rows, dense=self._exact) for name, rows in parts]
         weight = weights if self._backend.stacks else stack(weights)
         biases = [self._checkpoint.bias(name, rows=rows) for name, rows in parts] if bias else []
         return Linear(self._backend.prepare_linear(weight, torch.cat(biases) if bias else None), self._backend, self._ranks, "out")
 
-    def _in(self, name: str, columns: slice, bias: bool) -> Linear:
-        weight = self._checkpoint.weight(name, columns=columns, dense=self._exact)
+    def _in(self, name: str, columns: slice, bias: bool, *, in_order: bool = False) -> Linear:
+        weight = self._checkpoint.weight(name, columns=columns, dense=self._exact, in_order=in_order)
         # the ranks' products are summed: the bias must come in once
         vector = self._checkpoint.bias(name) if bias else None
         if self._ranks.rank != 0:
@@ -111,12 +116,16 @@ class LayerLoader:
 
 def stack(parts: list[Weight]) -> Weight:
     """Weights with the same input, one under the other. Mixed forms (a Q4_K q beside a Q6_K v) become dense."""
-    if all(isinstance(p, w4.W4) for p in parts) and len({p.group_size for p in parts}) == 1:
+    if all(isinstance(p, w4.W4) for p in parts) and w4.same_columns(parts):
         return w4.concat_rows(parts)
     if all(isinstance(p, w8.W8) for p in parts):
         return w8.concat_rows(parts)
     if all(isinstance(p, awq.AWQ) for p in parts):  # one checkpoint has one group size
         return awq.concat_rows(parts)
+    if all(isinstance(p, Int8) for p in parts):
+        return eight_bit.concat_int8(parts)
+    if all(isinstance(p, Float8) for p in parts) and len({p.scale.shape[1] for p in parts}) == 1:
+        return eight_bit.concat_float8(parts)
     tensors = [to_dense(p) for p in parts]
     widest = max((t.dtype for t in tensors), key=lambda d: (d.itemsize, d == torch.bfloat16))
     return torch.cat([t.to(widest) for t in tensors])
@@ -130,4 +139,6 @@ def to_dense(weight: Weight) -> torch.Tensor:
         return torch.from_numpy(w4.dequantize(weight)).to(torch.float16)
     if isinstance(weight, w8.W8):
         return torch.from_numpy(w8.dequantize(weight)).to(torch.float16)
+    if isinstance(weight, Int8 | Float8):
+        return torch.from_numpy(eight_bit.dequantize(weight)).to(torch.float16)
     return weight

@@ -19,7 +19,7 @@ from config.schema import Engine
 from engine.errors import ConfigError, ModelError
 from engine.models.families import FAMILIES, Family
 from engine.models.keys import REQUIRED, Keys
-from engine.w4 import GROUP_SIZES
+from engine.models.quantized import SUPPORTED, AwqSpec, QuantSpec, quantization_of_config
 from formats.errors import FormatError, printable
 from formats.gguf import GGUFFile, read_gguf
 from formats.json_file import read_json
@@ -42,15 +42,6 @@ class RopeSpec:
     attention_factor: float = 0.0  # yarn: multiplies cos and sin; 0: 0.1 ln(factor) + 1
     truncate: bool = True  # yarn: round the ends of the ramp to whole dimensions
     freq_factors: tuple[float, ...] = ()  # GGUF rope_freqs.weight: divides each inverse frequency
-
-
-@dataclass(frozen=True, slots=True)
-class AwqSpec:
-    """How a checkpoint's linear weights are quantized (`engine/awq.py`)."""
-
-    group_size: int  # 32, 64 or 128 input channels
-    zero_point: bool = True  # False: qzeros may be absent; every zero is 8 then
-    not_converted: tuple[str, ...] = ()  # a linear whose name in the file contains one of these is dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +68,11 @@ class ModelSpec:
     bos_token_id: int = -1
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"  # of the checkpoint's 16/32-bit tensors
-    awq: AwqSpec | None = None
+    quant: AwqSpec | QuantSpec | None = None  # how its linears are quantized (Hugging Face checkpoints)
+
+    @property
+    def awq(self) -> AwqSpec | None:
+        return self.quant if isinstance(self.quant, AwqSpec) else None
 
     def window(self, layer: int) -> int:
         """Sliding window of this layer, 0 for none."""
@@ -115,9 +110,8 @@ NEUTRAL_HF: dict[str, tuple[object, ...]] = {
     "add_cross_attention": (False,),
     "use_mrope": (False,),
 }
-QUANTIZED = "supported: AWQ (version gemm), 16-bit checkpoints and GGUF files"
 WHY = {
-    "compression_config": f"this way of being quantized is not supported; {QUANTIZED}",
+    "compression_config": f"this way of being quantized is not supported; supported: {SUPPORTED}",
     "auto_map": "the checkpoint brings its own code, which is never run",
     "model_file": "the checkpoint brings its own code, which is never run",
 }
@@ -152,10 +146,6 @@ ROPE_KEYS = {
     },
 }
 ROPE_COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-
-# What an AWQ checkpoint says of itself; hints of how to fuse or to run it do not change what it computes.
-AWQ_KEYS = {"quant_method", "bits", "group_size", "zero_point", "version", "modules_to_not_convert", "backend"}
-AWQ_HINTS = {"do_fuse", "fuse_max_seq_len", "modules_to_fuse"}
 
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 18  # hidden, intermediate
@@ -254,7 +244,7 @@ def spec_from_config(config: Mapping[str, object], generation: Mapping[str, obje
                 dict.fromkeys(Keys("generation_config.json", generation).ids("eos_token_id", vocab) + keys.ids("eos_token_id", vocab))
             ),
             dtype=_dtype_of_config(keys),
-            awq=_awq_of_config(keys),
+            quant=quantization_of_config(keys),
         ),
         heads_key="num_attention_heads",
     )
@@ -339,32 +329,6 @@ def _dtype_of_config(keys: Keys) -> str:
     if name not in DTYPES:
         keys.fail(key, f"{printable(name)} is not supported; supported: {', '.join(DTYPES)}")
     return name
-
-
-def _awq_of_config(keys: Keys) -> AwqSpec | None:
-    given = keys.table("quantization_config")
-    if given is None:
-        return None
-    method = given.get("quant_method")
-    if not isinstance(method, str) or method.lower() != "awq":
-        name = printable(method) if isinstance(method, str) else "an unnamed method"
-        keys.fail("quantization_config", f"quantized by {name}, which is not supported; {QUANTIZED}")
-    prefix = "quantization_config."
-    awq = Keys(keys.file, {prefix + k: v for k, v in given.items()}, prefix)
-    for key in given.keys() - AWQ_KEYS - AWQ_HINTS:
-        awq.expect(key, False)
-    if (version := awq.text("version", "gemm")).lower() != "gemm":
-        awq.fail("version", f"{printable(version)} is not supported; supported: gemm")
-    if (bits := awq.integer("bits", 1, 64)) != 4:
-        awq.fail("bits", f"{bits} is not supported; supported: 4")
-    group = awq.integer("group_size", -1, MAX_WIDTH)
-    if group not in GROUP_SIZES:
-        awq.fail(
-            "group_size",
-            f"{group}{' (one scale for all of an output channel)' if group == -1 else ''} is not supported; supported: 32, 64, 128",
-        )
-    left = awq.strings("modules_to_not_convert") if awq.has("modules_to_not_convert") else []
-    return AwqSpec(group, awq.flag("zero_point", True), tuple(left))
 
 
 def _rope_of_config(keys: Keys, head_dim: int, max_position: int) -> RopeSpec:

@@ -7,7 +7,6 @@ after the same ids, is within MARGIN standard deviations of the best one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,23 @@ import pytest
 import torch
 
 from config.schema import Config
-from engine.batch import Slots
 from engine.build import resolve_spec
-from engine.cache.layout import KVLayout
 from engine.cuda import tuning
 from engine.cuda.runner import CudaRunner
 from engine.errors import ConfigError
 from engine.executor import ThreadExecutor
 from engine.load_backend import computing_dtype, resolved
 from engine.loop import Engine
-from engine.models.decoder import Decoder
-from engine.models.spec import ModelSpec
 from engine.parallel import Ranks
 from engine.plan import plan_memory
-from engine.reference import ReferenceBackend
 from engine.sequence import SamplingParams
-from engine.step import Admit, Logprobs, StepPlan
-from engine.weights import open_checkpoint
+from engine.step import Logprobs
+from tests.engine.judge import SESSION_LEN, Reference, greedy
 from tests.fixtures.awq import awq_checkpoint
 from tests.fixtures.toy import toy_checkpoint, toy_gguf
 from tests.harness import answers, collect, configure
 from tests.ptx.device import EmulatedDevice
 
-MARGIN = 0.06
-SESSION_LEN = 96
 PROMPTS = [list(range(3, 3 + n)) for n in (1, 7, 16, 37)]
 
 
@@ -67,32 +59,6 @@ def engine_of(config: Config, cc: tuple[int, int] = (9, 0)) -> tuple[Engine, lis
         return made[0]
 
     return Engine(config, spec, SESSION_LEN, ThreadExecutor(make)), made
-
-
-class Reference:
-    """Logits after some ids, in float32."""
-
-    def __init__(self, model: Path, spec: ModelSpec) -> None:
-        backend = ReferenceBackend()
-        self._decoder = Decoder(spec, open_checkpoint(model, spec), backend, Ranks(), session_len=SESSION_LEN, exact=True)
-        self._kv = backend.make_kv(KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, SESSION_LEN, "float32"), 1)
-
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        slots, n = Slots(1, SESSION_LEN, SESSION_LEN), len(ids)
-        plan = StepPlan(0, admits=(Admit(0, tuple(ids), n, (0,), greedy(1)),), slots=(0,), starts=(0,), counts=(n,), samples=(1,))
-        slots.apply(plan)
-        return self._decoder.forward(slots.batch(plan), self._kv)[0]
-
-    def check(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
-        ids = list(prompt)
-        for token in answer:
-            logits = self.logits(ids)
-            assert logits.max() - logits[token] <= MARGIN * logits.std(), f"after {ids}: {token}, not {logits.argmax()}"
-            ids.append(token)
-
-
-def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
 
 
 async def every_way(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import w4, w8, weights
+from engine import pieces, w4, w8, weights
 from engine.errors import ModelError
 from engine.models.families import HF_NAMES
 from engine.models.spec import FAMILIES, ModelSpec, load_spec
@@ -200,7 +200,7 @@ def test_several_threads_convert_what_one_does(tmp_path: Path, monkeypatch: pyte
     _, checkpoint = opened(toy_gguf(tmp_path / "x.gguf", "qwen2", types=kind, hidden=256, layers=1, vocab_size=259))
     names = ("embed", "layers.0.q", "layers.0.down")
     alone = [as_float(checkpoint.weight(name, columns=slice(32, 224))) for name in names]
-    monkeypatch.setattr(weights, "usable_cores", lambda: 4)
+    monkeypatch.setattr(pieces, "usable_cores", lambda: 4)
     monkeypatch.setattr(weights, "CHUNK", 2000)
     monkeypatch.setattr(weights, "GROUPED_CHUNK", 2000)
     for name, expected in zip(names, alone, strict=True):
@@ -213,7 +213,7 @@ def test_an_error_of_one_thread_is_everybodys() -> None:
             raise ModelError("this one")
 
     with pytest.raises(ModelError, match="this one"):
-        weights._in_pieces(convert, 100, 8)
+        pieces.in_pieces(convert, 100, 8)
 
 
 # ---- strictness

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 MAX_FILE_BYTES = 256 << 20
 MAX_LINE_BYTES = 16 << 20
 CHARS_PER_TOKEN = 64  # more of a long text than this many times the wanted tokens is not encoded
+CHARS_GUESSED = 3  # a token, to begin with
+JSON_LINES = (".jsonl", ".ndjson")
 TEXT, COMPLETION = ("text", "content"), ("completion", "response", "answer", "output")
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -60,7 +62,7 @@ def read_pieces(path: Path, tokenizer: Encoder, render: Render | None, tokens: i
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 text: {error.reason} at byte {error.start}.") from None
-    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+    if path.suffix.lower() not in JSON_LINES:
         return [Piece(tokenizer.encode(text[: CHARS_PER_TOKEN * (tokens + 1)], add_special=True))]
     pieces: list[Piece] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -74,6 +76,18 @@ def read_pieces(path: Path, tokenizer: Encoder, render: Render | None, tokens: i
         if tokens <= 0:
             break
     return pieces
+
+
+def unused_part(path: Path, tokenizer: Encoder, render: Render | None, tokens: int) -> str:
+    """What of the file is left when `tokens` ids of it are scored: text to calibrate on. "" where nothing is."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix.lower() in JSON_LINES:
+        rows = [line for line in text.splitlines() if line.strip()]
+        return "\n".join(rows[len(read_pieces(path, tokenizer, render, tokens)) :])
+    end = CHARS_GUESSED * (tokens + 1)
+    while end < len(text) and len(tokenizer.encode(text[:end])) <= tokens + 1:
+        end += end // 4
+    return text[end:]
 
 
 def _piece(line: str, tokenizer: Encoder, render: Render | None) -> Piece:

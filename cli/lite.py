@@ -1,7 +1,8 @@
-"""`numbatch lite COMMAND`: quantization. Not in this version; every command of LMDeploy's is refused by name."""
+"""`numbatch lite COMMAND`: quantization. `ladder` measures what it costs; what LMDeploy has and is not here is refused by name."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
 from cli.arguments import Parser, UsageError, choose
@@ -16,9 +17,11 @@ COMMANDS = {
     "get_small_sharded_hf": "shards of any size are read as they are; there is nothing to split.",
 }
 
+MODULES = {"ladder": ("cli.ladder", "one model in six precisions, measured on your own text: which one to serve.")}
+
 
 def parser() -> Parser:
-    listed = "\n".join(f"  {name:<22}{sentence}" for name, sentence in COMMANDS.items())
+    listed = "\n".join(f"  {name:<22}{sentence}" for name, sentence in ({n: s for n, (_, s) in MODULES.items()} | COMMANDS).items())
     return Parser(prog="numbatch lite", usage="numbatch lite COMMAND ...", description=f"Quantization.\n\n{listed}")
 
 
@@ -27,5 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(parser().format_help(), end="")
         return 0 if words else 2
-    name = choose(words[0], list(COMMANDS), "command")
+    name = choose(words[0], [*MODULES, *COMMANDS], "command")
+    if name in MODULES:
+        return int(importlib.import_module(MODULES[name][0]).main(words[1:]))
     raise UsageError(f"{name}: {COMMANDS[name]}")

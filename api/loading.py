@@ -101,12 +101,14 @@ def memory_plan(config: Config) -> MemoryPlan:
 
 def planned(config: Config) -> tuple[MemoryPlan, str]:
     """The memory plan, and what `--plan` prints: its table, whether weights were there to count, and other precisions."""
+    from engine.plan import free_memory, plan_memory
     from engine.plan_config import only_config, precision_table
 
     config = with_local_files(config)
-    plan = memory_plan(config)
+    spec = resolve_spec(config)
+    plan = plan_memory(config, spec, config.model.path, free_memory(config))
     counted = ["no weights are here: counted from config.json"] if only_config(config.model.path) else []
-    return plan, "\n".join([*counted, plan.table(), "", precision_table(resolve_spec(config))])
+    return plan, "\n".join([*counted, plan.table(), "", precision_table(spec)])
 
 
 def _tokenizer(config: Config) -> Tokenizer:

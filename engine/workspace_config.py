@@ -22,15 +22,17 @@ from formats.workspace import CONFIG, Workspace, is_workspace, read_workspace
 
 log = logging.getLogger("numbatch.load")
 
-QUANT_POLICY = {0: 0, 4: 8}  # config.ini's -> ours
+OLD_INT8 = 4  # config.ini's quant_policy; int4 today
+QUANT_POLICY = {0: 0, OLD_INT8: 8}  # config.ini's -> ours
 
 
 @dataclass(slots=True)
 class Translation:
-    """Our keys with their values, and what the log says."""
+    """Our keys with their values, and what the log says; `aloud`: as a warning, where a word would mean another thing today."""
 
     values: dict[str, Any] = field(default_factory=dict)
     sentences: list[str] = field(default_factory=list)
+    aloud: list[str] = field(default_factory=list)
 
     def put(self, key: str, value: Any, said: str) -> None:
         self.values[key] = value
@@ -51,6 +53,8 @@ def with_workspace(config: Config) -> Config:
         raise ModelError(str(e)) from e
     translation = translate(workspace, apply_overrides(spec_of_workspace(workspace), config.engine))
     defaults, sections = Config(), dict[str, dict[str, Any]]()
+    if config.cache.quant_policy == OLD_INT8 == workspace.integer("quant_policy"):
+        log.warning("cache.quant_policy = 4 is int4, as the configuration says; %s's quant_policy = 4 meant int8, which is 8 now", CONFIG)
     for key, value in translation.values.items():
         section, name = key.split(".")
         ours = getattr(getattr(config, section), name)
@@ -62,7 +66,7 @@ def with_workspace(config: Config) -> Config:
         sections.setdefault(section, {})[name] = value
     if sections:  # not when it was translated before
         for sentence in translation.sentences:
-            log.info(sentence)
+            log.log(logging.WARNING if sentence in translation.aloud else logging.INFO, sentence)
     return dataclasses.replace(
         config, **{section: dataclasses.replace(getattr(config, section), **values) for section, values in sections.items()}
     )
@@ -130,9 +134,15 @@ def _cache(workspace: Workspace, out: Translation) -> None:
     ours = QUANT_POLICY.get(policy)
     choices = KNOBS["cache"]["quant_policy"].choices
     if ours is None or ours not in choices:
-        meant = f"{policy}, which meant int8 K and V," if policy == 4 else f"{policy}"
-        raise ConfigError(f"{CONFIG}:quant_policy: {meant} is not supported; set it to 0")
-    out.put("cache.quant_policy", ours, f"quant_policy = {policy}" + (" meant int8 K and V then (it is 8 now)" if policy == 4 else ""))
+        meant = f"{policy}, which meant int8 K and V," if policy == OLD_INT8 else f"{policy}"
+        known = " or ".join(str(old) for old, new in QUANT_POLICY.items() if new in choices)
+        raise ConfigError(f"{CONFIG}:quant_policy: {meant} is not supported; set it to {known}")
+    if policy == OLD_INT8:
+        out.put("cache.quant_policy", ours, f"quant_policy = {policy} meant int8 K and V then (it is 8 now; 4 is int4)")
+        out.aloud.append(out.sentences[-1])
+        out.say("its past_kv_scale files, where there are any, are not needed: scales are found for every token and head as it comes")
+    else:
+        out.put("cache.quant_policy", ours, f"quant_policy = {policy}")
 
 
 def _knob_max(key: str) -> int:

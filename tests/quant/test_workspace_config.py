@@ -125,10 +125,42 @@ def test_quant_policy_4_was_int8(workspace: Path, known: tuple[int, ...], monkey
     change(workspace, quant_policy=4)
     if 8 in known:
         values, said = understood(workspace)
-        assert values["cache.quant_policy"] == 8 and "quant_policy = 4 meant int8 K and V then (it is 8 now)" in said
+        assert (
+            values["cache.quant_policy"] == 8
+            and "quant_policy = 4 meant int8 K and V then (it is 8 now; 4 is int4): cache.quant_policy = 8" in said
+        )
     else:
         with pytest.raises(ConfigError, match="quant_policy: 4, which meant int8 K and V, is not supported; set it to 0"):
             understood(workspace)
+
+
+@pytest.fixture
+def int8_kv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build with int8 and int4 K/V, also where this one is not (yet)."""
+    from config.load import KNOBS
+
+    monkeypatch.setitem(KNOBS["cache"], "quant_policy", dataclasses.replace(KNOBS["cache"]["quant_policy"], choices=(0, 4, 8)))
+
+
+def test_the_changed_meaning_of_quant_policy_is_a_warning(workspace: Path, int8_kv: None, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "numbatch.load")
+    change(workspace, quant_policy=4)
+    found = with_workspace(configure(model={"path": str(workspace)}))
+    assert found.cache.quant_policy == 8
+    aloud = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(aloud) == 1 and "meant int8 K and V then (it is 8 now; 4 is int4): cache.quant_policy = 8" in aloud[0]
+    assert "past_kv_scale" in caplog.text
+    caplog.clear()
+    assert with_workspace(found) == found and not caplog.records
+
+
+def test_a_4_of_todays_beside_a_4_of_then(workspace: Path, int8_kv: None, caplog: pytest.LogCaptureFixture) -> None:
+    """int4 was asked for, in today's words, and stays; but who copied the number from config.ini hears what it means now."""
+    change(workspace, quant_policy=4)
+    config = configure(model={"path": str(workspace)})
+    config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, quant_policy=4))
+    assert with_workspace(config).cache.quant_policy == 4
+    assert "cache.quant_policy = 4 is int4" in caplog.text and "meant int8, which is 8 now" in caplog.text
 
 
 def test_what_has_no_counterpart_is_said(workspace: Path) -> None:

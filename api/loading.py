@@ -92,16 +92,13 @@ def load(config: Config) -> Loaded:
 
 
 def memory_plan(config: Config) -> MemoryPlan:
-    """What `--plan` prints: read from headers, nothing allocated. For a hub name the files are fetched first."""
-    from engine.plan import free_memory, plan_memory  # here: they bring numba, which the serving process does without
-
-    config = with_local_files(config)
-    return plan_memory(config, resolve_spec(config), config.model.path, free_memory(config))
+    """What would be resident: read from headers, nothing allocated. For a hub name the files are fetched first."""
+    return planned(config)[0]
 
 
 def planned(config: Config) -> tuple[MemoryPlan, str]:
     """The memory plan, and what `--plan` prints: its table, whether weights were there to count, and other precisions."""
-    from engine.plan import free_memory, plan_memory
+    from engine.plan import free_memory, plan_memory  # here: they bring numba, which the serving process does without
     from engine.plan_config import only_config, precision_table
 
     config = with_local_files(config)

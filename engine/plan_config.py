@@ -58,9 +58,11 @@ def promised_stock(path: Path | str, spec: ModelSpec) -> dict[str, Stored]:
     out: dict[str, Stored] = {}
     for canonical, shape in expected_shapes(spec).items():
         name = file_name(canonical, names)
-        quantized = spec.awq is not None and canonical.startswith("layers.") and len(shape) == 2
-        quantized = quantized and not any(word in name for word in spec.awq.not_converted)
-        out[canonical] = Stored(file, name, shape, "AWQ" if quantized else DENSE[spec.dtype])
+        scheme = None
+        if spec.quant is not None and canonical.startswith("layers.") and len(shape) == 2:  # a head is left as it was, as a rule
+            name = name.removesuffix(".weight")
+            scheme = spec.quant.scheme(name)
+        out[canonical] = Stored(file, name, shape, scheme.form if scheme else DENSE[spec.dtype], scheme=scheme)
     return out
 
 

@@ -199,7 +199,7 @@ class Cache:
     cache_max_bytes: int = knob(4 << 30, "Upper bound of the KV pool on the CPU, bytes; 0: none.", min=0)
     num_blocks: int = knob(0, "KV blocks; 0: from cache_max_entry_count.", min=0, max=1 << 28)
     cache_block_seq_len: int = knob(64, "Positions in a KV block.", choices=(1, 2, 4, 8, 16, 32, 64, 128))
-    quant_policy: int = knob(0, "KV precision: 0 as computed.", choices=(0,))
+    quant_policy: int = knob(0, "Bits that K and V are kept in: 0 as computed, 8 or 4 quantized per token and head.", choices=(0, 4, 8))
     enable_prefix_caching: bool = knob(True, "Reuse the K/V of prompts that begin alike.")
     share_across_keys: bool = knob(False, "Let API keys share cached prefixes (their timing can then tell what others sent).")
 

@@ -38,6 +38,8 @@ FORM = {
 STACKED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 PART = {"embed": "embedding", "lm_head": "output head", "qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp"}
 MIB = 2**20
+# of what head_dim must be a multiple where K and V are quantized: what the kernels read at a time
+QUANTIZED_HEAD_DIM = {"cpu": {8: 16, 4: 16}, "cuda": {8: 32, 4: 64}, "reference": {4: 2, 8: 1}}
 
 
 def memory_parts(path: Path | str, spec: ModelSpec, *, dtype: str, tp: int = 1) -> dict[str, int]:
@@ -173,7 +175,7 @@ def plan_memory(config: Config, spec: ModelSpec, path: Path | str, free_bytes: i
         raise ConfigError("engine.device = 'mock' loads no model; there is no memory to plan.")
     dtype, tp, length = computing_dtype(config, device, spec.dtype), config.engine.tp, session_len(config, spec)
     share = largest_share(spec, tp)
-    layout = KVLayout(spec.num_layers, share.kv_heads, spec.head_dim, config.cache.cache_block_seq_len, dtype)
+    layout = kv_layout(config, spec, share.kv_heads, dtype)
     empty = MemoryPlan(
         dtype=dtype,
         ranks=tp,
@@ -190,6 +192,19 @@ def plan_memory(config: Config, spec: ModelSpec, path: Path | str, free_bytes: i
     left = plan.free_bytes - plan.weight_bytes - plan.workspace_bytes - plan.spare_blocks * plan.block_bytes
     plan = dataclasses.replace(plan, num_blocks=kv_blocks(config, layout, length, left))
     return dataclasses.replace(plan, shortfall=_shortfall(config, plan, left))
+
+
+def kv_layout(config: Config, spec: ModelSpec, kv_heads: int, dtype: str) -> KVLayout:
+    """Of a rank with so many KV heads. ConfigError where this model's heads cannot be kept in the bits that are wanted."""
+    policy = config.cache.quant_policy
+    device = resolved(config).engine.device
+    multiple = QUANTIZED_HEAD_DIM.get(device, {}).get(policy, 1)
+    if spec.head_dim % multiple:
+        raise ConfigError(
+            f"cache.quant_policy = {policy} on {device} needs a head_dim that is a multiple of {multiple}; this model's is "
+            f"{spec.head_dim}. Set it to {'8 or 0' if policy == 4 and spec.head_dim % QUANTIZED_HEAD_DIM[device][8] == 0 else '0'}."
+        )
+    return KVLayout(spec.num_layers, kv_heads, spec.head_dim, config.cache.cache_block_seq_len, dtype, policy)
 
 
 def _on_host(config: Config, spec: ModelSpec, path: Path | str, share: Share, empty: MemoryPlan) -> MemoryPlan:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import awq, eight_bit, w4, w8
+from engine import awq, eight_bit, kv_quant, w4, w8
 from engine.backend import Dense, Weight
 from engine.batch import Batch
 from engine.cache.layout import KVLayout
@@ -80,6 +80,15 @@ def store_kv(pool: np.ndarray, kv_slots: np.ndarray, k: np.ndarray, v: np.ndarra
     pool[block, 1, :, offset] = v
 
 
+def store_kv_quantized(layer: np.ndarray, layout: KVLayout, kv_slots: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    """The same into one layer of a quantized pool, uint8 [num_blocks, bytes]."""
+    codes, pairs = kv_quant.parts(layer, layout)
+    block, offset = np.divmod(kv_slots, layout.block_seq_len)
+    for kind, x in enumerate((k, v)):
+        new, pairs[block, kind, :, offset] = kv_quant.quantize(x, layout.quant_policy)
+        codes[block, kind, :, offset] = kv_quant.pack(new, layout.quant_policy)
+
+
 def gather_kv(pool: np.ndarray, table: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
     """K and V [context, kv_heads, head_dim] of one sequence, through its block table."""
     positions = np.arange(context)
@@ -117,6 +126,7 @@ class ReferenceBackend:
 
     name = "reference"
     stacks = False
+    _layout: KVLayout  # of the pool that make_kv made
 
     def prepare_linear(self, weight: Weight, bias: Dense | None) -> _Linear:
         return _Linear(dense(weight), None if bias is None else dense(bias))
@@ -138,6 +148,9 @@ class ReferenceBackend:
         return cos, sin
 
     def make_kv(self, layout: KVLayout, num_blocks: int) -> np.ndarray:
+        self._layout = layout
+        if layout.quant_policy:
+            return np.full(layout.shape(num_blocks), 255, np.uint8)  # every scale and zero a NaN
         return np.full(layout.shape(num_blocks), np.nan, np.float32)
 
     def begin(self, batch: Batch) -> Batch:
@@ -160,7 +173,8 @@ class ReferenceBackend:
         return linear(x, weight.weight, weight.bias)
 
     def rope_store(self, qkv: np.ndarray, step: Batch, kv: np.ndarray, rope: Any, q_norm: Any, k_norm: Any, spec: ModelSpec) -> np.ndarray:
-        kv_heads = kv.shape[2]
+        quantized = kv.dtype == np.uint8
+        kv_heads = self._layout.num_kv_heads if quantized else kv.shape[2]
         heads = qkv.shape[1] // spec.head_dim - 2 * kv_heads
         q, k, v = split_qkv(qkv, heads, kv_heads, spec.head_dim)
         if q_norm is not None:
@@ -169,16 +183,25 @@ class ReferenceBackend:
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if spec.use_logn_attn:
             q = q * logn_scale(step.positions, spec.max_position)[:, None, None]
-        store_kv(kv, step.kv_slots, k, v)
+        if quantized:
+            store_kv_quantized(kv, self._layout, step.kv_slots, k, v)
+        else:
+            store_kv(kv, step.kv_slots, k, v)
         return q
 
     def attention(self, q: np.ndarray, step: Batch, kv: np.ndarray, window: int) -> np.ndarray:
         out = np.empty_like(q)
         for row, context in enumerate(step.contexts):
             tokens = slice(step.row_starts[row], step.row_starts[row + 1])
-            k, v = gather_kv(kv, step.tables[row], int(context))
+            k, v = self._keys_and_values(kv, step.tables[row], int(context))
             out[tokens] = attend(q[tokens], k, v, step.positions[tokens], window)
         return out.reshape(len(q), -1)
+
+    def _keys_and_values(self, kv: np.ndarray, table: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
+        if kv.dtype != np.uint8:
+            return gather_kv(kv, table, context)
+        own = table[: -(-context // self._layout.block_seq_len)]
+        return gather_kv(kv_quant.values(kv[own], self._layout), np.arange(len(own)), context)
 
     def silu_mul(self, gate_up: np.ndarray) -> np.ndarray:
         return silu_mul(gate_up)

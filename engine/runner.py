@@ -24,7 +24,7 @@ from engine.load_backend import computing_dtype, load_backend, resolve_device
 from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec
 from engine.parallel import Ranks
-from engine.plan import kv_blocks
+from engine.plan import kv_blocks, kv_layout
 from engine.sampler import Sampler
 from engine.sequence import SamplingParams
 from engine.step import Admit, Logprobs, StepPlan, StepResult
@@ -45,7 +45,7 @@ class Runner:
         self._decoder = Decoder(spec, checkpoint, self._backend, ranks, session_len=session_len, exact=exact)
         checkpoint.finish()
         cache = config.cache
-        layout = KVLayout(spec.num_layers, self._decoder.shard.num_kv_heads, spec.head_dim, cache.cache_block_seq_len, dtype)
+        layout = kv_layout(config, spec, self._decoder.shard.num_kv_heads, dtype)
         self.num_blocks = ranks.smallest(self._affordable_blocks(config, layout, session_len))
         self._kv = self._backend.make_kv(layout, self.num_blocks)
         max_batch_size = config.engine.max_batch_size

@@ -21,6 +21,7 @@ from engine.backend import Dense, Weight
 from engine.batch import Batch
 from engine.cache.layout import KVLayout
 from engine.cpu import matmul, program
+from engine.cpu.kv_quant import rows_bytes, take_rows_function
 from engine.cpu.matmul import CHUNK, Packed
 from engine.cpu.paged_attention import SPLIT, split_function, split_scratch_bytes
 from engine.cpu.prefill_attention import piece_function, scratch_bytes, tokens_of_piece
@@ -112,6 +113,9 @@ class CpuBackend:
         self._buffers = Buffers()
         self._pass: Pass | None = None
         self._kv: np.ndarray | None = None
+        self._layout: KVLayout  # of the pool that make_kv made
+        self._only_block = aligned(1, np.int32)
+        self._only_block[0] = 0
 
     # -- load -----------------------------------------------------------------------------------------------------
 
@@ -154,10 +158,11 @@ class CpuBackend:
         return Rope(np.ascontiguousarray(cos, np.float32), np.ascontiguousarray(sin, np.float32))
 
     def make_kv(self, layout: KVLayout, num_blocks: int) -> np.ndarray:
-        """[layers, ...] of float32, or of uint16 that hold bfloat16. Compiles what no weight has asked for yet."""
+        """[layers, ...] of float32, of uint16 that hold bfloat16, or bytes of a quantized one. Compiles what no weight has asked for."""
         if layout.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"A KV cache of {layout.dtype} is not computed on the CPU; use 'bfloat16' or 'float32'.")
-        self._kv = np.empty(layout.shape(num_blocks), np.float32 if layout.dtype == "float32" else np.uint16)
+        kind = np.uint8 if layout.quant_policy else np.float32 if layout.dtype == "float32" else np.uint16
+        self._layout, self._kv = layout, np.empty(layout.shape(num_blocks), kind)
         self._warm_up(layout)
         return self._kv
 
@@ -167,6 +172,8 @@ class CpuBackend:
         matmul.tile_function(matmul.D32 if exact else matmul.D16)
         piece_function()
         split_function(layout.head_dim, exact)
+        if layout.quant_policy:
+            take_rows_function()
         for job in program.JOBS:
             compiled(job)
 
@@ -229,8 +236,8 @@ class CpuBackend:
     def _step_params(self, job: Callable[..., None], step: Step, kv: np.ndarray, layer_bytes: int, rope: Rope | None) -> list[int]:
         """kv: the whole pool or one layer of it."""
         spec, p = self._spec, [0] * P.COUNT
-        kv_heads, block_len = kv.shape[-3], kv.shape[-2]
-        group = spec.num_heads // spec.num_kv_heads
+        kv_heads, block_len, bits = self._layout.num_kv_heads, self._layout.block_seq_len, self._layout.quant_policy
+        group, exact = spec.num_heads // spec.num_kv_heads, self._layout.dtype == "float32"
         heads = kv_heads * group
         p[P.FUNCTION], p[P.TOKENS], p[P.EPS], p[P.EXACT] = (
             compiled(job),
@@ -247,22 +254,24 @@ class CpuBackend:
             _address(kv),
             layer_bytes,
             block_len,
-            int(kv.dtype == np.float32),
+            int(exact),
         )
+        p[P.POOL_BITS], p[P.ONLY_BLOCK] = bits, _address(self._only_block)
+        p[P.TAKE_ROWS] = take_rows_function() if bits else 0
         p[P.POSITIONS], p[P.SLOTS] = _address(step.positions), _address(step.kv_slots)
         p[P.BLOCK_TABLES], p[P.BLOCK_TABLE_STRIDE] = _address(step.tables), step.tables.strides[0]
         p[P.NUM_SPLITS], p[P.SPLITS] = len(step.splits), _address(step.splits)
         p[P.NUM_PIECES], p[P.PIECES] = len(step.pieces), _address(step.pieces)
         p[P.TOKEN_SPLITS] = _address(step.token_splits)
         p[P.PARTIAL] = self._buffers.get("partial", 4 * len(step.splits) * heads * (spec.head_dim + 2))
-        exact = kv.dtype == np.float32
         p[P.PIECE_FUNCTION], p[P.SPLIT_FUNCTION] = piece_function(), split_function(spec.head_dim, exact)
         p[P.TILE_FUNCTION] = matmul.tile_function(matmul.D32 if exact else matmul.D16)
         p[P.STAGES] = program.STAGES_OF_A_LAYER * spec.num_layers + 1 if job is program.layers else 2
         p[P.NORM_STAGE], p[P.MERGE] = compiled(program.norm_stage), compiled(program.merge_stage)
         p[P.PRODUCT], p[P.GATE_UP] = compiled(program.product_stage), compiled(program.gate_up_stage)
         p[P.ROPE_STORE], p[P.ATTEND] = compiled(program.store_stage), compiled(program.attend_stage)
-        p[P.SCRATCH_BYTES] = self._scratch_bytes(group)
+        p[P.ROWS_AT] = self._scratch_bytes(group)
+        p[P.SCRATCH_BYTES] = p[P.ROWS_AT] + (rows_bytes(SPLIT, spec.head_dim) if bits else 0)
         p[P.SCRATCH] = self._buffers.get("scratch", p[P.SCRATCH_BYTES] * self._pool.num_threads)
         return p
 

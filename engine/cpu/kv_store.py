@@ -1,7 +1,7 @@
 """`rope_store` of reference.py: q and k normed (where there is a norm) and rotated, k and v written to their KV slots.
 
     qkv   float32 [T, heads + 2 kv_heads, head_dim], rows `stride` bytes apart; q is rotated in place
-    pool  one layer, [num_blocks, 2, kv_heads, block_seq_len, head_dim]: bfloat16 (as uint16) or float32
+    pool  one layer, [num_blocks, 2, kv_heads, block_seq_len, head_dim]: bfloat16 (as uint16) or float32; or quantized
     cos, sin  float32 [max_position, rotary_dim / 2]
 
 Work split: one stage (threads.py), its items are tokens.
@@ -15,14 +15,9 @@ import numpy as np
 from numba import njit
 
 from engine.cpu.elementwise import norm_row
+from engine.cpu.kv_quant import block_bytes, quantize_head
 from engine.cpu.threads import atomic_add, finish, rows_at_once
-from engine.cpu.vector import I32, I64, V_F32, Emit, Value, f32_at, i32_at, i64_at, kernel, u16_at
-
-
-@kernel("f", "i")
-def bfloat_bits(e: Emit, x: Value) -> Value:
-    """The bfloat16 nearest to x (ties to even) as 16 bits."""
-    return e.b.zext(e.b.extract_element(e.narrow(e.broadcast(x)), I32(0)), I64)
+from engine.cpu.vector import I64, V_F32, Emit, Value, bfloat_bits, f32_at, i32_at, i64_at, kernel, u16_at
 
 
 @kernel("iii")
@@ -61,9 +56,10 @@ def store_head(x, pool, index, head_dim, exact):  # type: ignore[no-untyped-def]
 @njit(nogil=True)
 def rope_store_rows(  # type: ignore[no-untyped-def]
     stage, n, tokens, qkv, stride, heads, kv_heads, head_dim, positions, slots, cos, sin, half, q_norm, k_norm, eps, logn_length,
-    pool, block_len, exact,
+    pool, block_len, exact, bits, scratch,
 ):  # fmt: skip
-    """q_norm, k_norm: addresses of float32 [head_dim] weights, 0 without. logn_length: trained length, 0 without."""
+    """q_norm, k_norm: addresses of float32 [head_dim] weights, 0 without. logn_length: trained length, 0 without. bits: of a
+    quantized pool, 0: it has none. scratch: the thread's, 12 bytes."""
     position_of, slot_of = i32_at(positions), i64_at(slots)
     done, chunk = 0, rows_at_once(tokens, n)
     while True:
@@ -90,6 +86,12 @@ def rope_store_rows(  # type: ignore[no-untyped-def]
             block, offset = slot // block_len, slot % block_len
             for h in range(kv_heads):
                 for kind in range(2):
+                    source = row + 4 * (heads + kind * kv_heads + h) * head_dim
+                    if bits != 0:
+                        at = pool + block * block_bytes(kv_heads, block_len, head_dim, bits)
+                        place = (kind * kv_heads + h) * block_len + offset
+                        quantize_head(source, at, place, 2 * kv_heads * block_len, head_dim, bits, scratch)
+                        continue
                     index = (((block * 2 + kind) * kv_heads + h) * block_len + offset) * head_dim
-                    store_head(row + 4 * (heads + kind * kv_heads + h) * head_dim, pool, index, head_dim, exact)
+                    store_head(source, pool, index, head_dim, exact)
     finish(stage, done, tokens)

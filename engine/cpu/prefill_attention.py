@@ -2,7 +2,8 @@
 2018; Dao et al. 2022), products by the register tiles of matmul.py.
 
     q     float32 [T, heads, head_dim]        out  float32 [T, heads, head_dim]
-    pool  one layer, [num_blocks, 2, kv_heads, block_seq_len, head_dim]: bfloat16 (as uint16) or float32
+    pool  one layer, [num_blocks, 2, kv_heads, block_seq_len, head_dim]: bfloat16 (as uint16) or float32; of a quantized one
+          each tile is dequantized into `rows`, which is such a pool of one block of TILE positions (kv_quant.py)
 
 A piece of work is (up to `rows_of_piece` tokens of one row, one KV head, all its query heads): M = tokens * group rows of q,
 row (token, head). For each tile of positions that begins at a multiple of 64:
@@ -26,9 +27,26 @@ import numpy as np
 from llvmlite import ir
 from numba import njit
 
-from engine.cpu.kv_store import bfloat_bits, narrow_vectors
+from engine.cpu.kv_quant import call_take_rows
+from engine.cpu.kv_store import narrow_vectors
 from engine.cpu.matmul import CHUNK, call_tile_rows
-from engine.cpu.vector import I32, I64, LANES, V_F32, V_I16, V_I32, Emit, Value, caller, compiled, f32_at, i32_at, kernel, u16_at
+from engine.cpu.vector import (
+    I32,
+    I64,
+    LANES,
+    V_F32,
+    V_I16,
+    V_I32,
+    Emit,
+    Value,
+    bfloat_bits,
+    caller,
+    compiled,
+    f32_at,
+    i32_at,
+    kernel,
+    u16_at,
+)  # fmt: skip
 
 TILE = 64  # positions
 MAX_M = 192
@@ -182,9 +200,10 @@ def _clear(address, words):  # type: ignore[no-untyped-def]
 
 def _piece(  # type: ignore[no-untyped-def]
     product, q, q_stride, tokens, position, pool, table, window, kv_head, heads, kv_heads, head_dim, block_len, exact, scratch, out,
-    out_stride,
+    out_stride, take_rows, bits, rows_at, only_block,
 ):  # fmt: skip
-    """`tokens` tokens at `position` and on, one KV head. q, out: of the first token; strides in bytes are those of [T, heads, head_dim]."""
+    """`tokens` tokens at `position` and on, one KV head. q, out: of the first token; strides in bytes are those of [T, heads, head_dim].
+    Of a quantized pool: take_rows, the address of what dequantizes, its bits (else 0), room for `rows`, an int32 that is 0."""
     group = heads // kv_heads
     size = 4 if exact else 2
     rows = tokens * group
@@ -224,8 +243,14 @@ def _piece(  # type: ignore[no-untyped-def]
         if skip >= until:
             continue
         count = min(TILE, context - first)
-        _pack_k(pool, blocks, first, count, kv_head, kv_heads, head_dim, block_len, exact, k_tile)
-        _pack_v(pool, blocks, first, count, kv_head, kv_heads, head_dim, block_len, exact, zeros, v_tile)
+        if bits != 0:
+            call_take_rows(take_rows, pool, table, first, first + count, kv_head, kv_heads, head_dim, block_len, bits, exact, TILE, rows_at)
+            one = i32_at(only_block)
+            _pack_k(rows_at, one, 0, count, 0, 1, head_dim, TILE, exact, k_tile)
+            _pack_v(rows_at, one, 0, count, 0, 1, head_dim, TILE, exact, zeros, v_tile)
+        else:
+            _pack_k(pool, blocks, first, count, kv_head, kv_heads, head_dim, block_len, exact, k_tile)
+            _pack_v(pool, blocks, first, count, kv_head, kv_heads, head_dim, block_len, exact, zeros, v_tile)
         r0, m = skip * group, (until - skip) * group
         for j in range(0, TILE // LANES, 2):
             call_tile_rows(
@@ -257,7 +282,7 @@ def _piece(  # type: ignore[no-untyped-def]
                 target[d] = source[d] * inverse
 
 
-call_piece = caller(17)
+call_piece = caller(21)
 
 
 def piece_function() -> int:

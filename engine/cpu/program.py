@@ -15,9 +15,10 @@ import numpy as np
 from numba import njit
 
 from engine.cpu.elementwise import add_norm_rows, embed_row, norm_row, norm_rows, put_rows, silu_rows, silu_vectors
+from engine.cpu.kv_quant import call_take_rows
 from engine.cpu.kv_store import rope_store_rows
 from engine.cpu.matmul import CHUNK, ROW_BLOCK, call_tile_rows, product, put_row
-from engine.cpu.paged_attention import call_split, empty_split, merge
+from engine.cpu.paged_attention import SPLIT, call_split, empty_split, merge
 from engine.cpu.prefill_attention import call_piece
 from engine.cpu.threads import (
     PARAMS,
@@ -103,7 +104,11 @@ class P:
     ATTEND = 54
     NORM_STAGE = 56
     MERGE = 57
-    COUNT = 58
+    TAKE_ROWS = 58  # of a quantized pool, its bits (0: none), room for what is dequantized in a thread's scratch, an int32 that is 0
+    POOL_BITS = 59
+    ROWS_AT = 60  # from the thread's scratch
+    ONLY_BLOCK = 61
+    COUNT = 62
 
 
 class L:
@@ -137,6 +142,7 @@ class L:
 (_Q_NORM, _K_NORM, _WINDOW, _PIECE_FUNCTION) = (P.Q_NORM, P.K_NORM, P.WINDOW, P.PIECE_FUNCTION)
 (_SPLIT_FUNCTION, _TILE_FUNCTION, _PRODUCT, _GATE_UP) = (P.SPLIT_FUNCTION, P.TILE_FUNCTION, P.PRODUCT, P.GATE_UP)
 (_ROPE_STORE, _ATTEND, _NORM_STAGE, _MERGE) = (P.ROPE_STORE, P.ATTEND, P.NORM_STAGE, P.MERGE)
+(_TAKE_ROWS, _POOL_BITS, _ROWS_AT, _ONLY_BLOCK) = (P.TAKE_ROWS, P.POOL_BITS, P.ROWS_AT, P.ONLY_BLOCK)
 (_L_INPUT_NORM, _L_QKV, _L_Q_NORM, _L_K_NORM, _L_O) = (L.INPUT_NORM, L.QKV, L.Q_NORM, L.K_NORM, L.O)
 (_L_POST_NORM, _L_GATE_UP, _L_DOWN, _L_WINDOW, _L_COUNT) = (L.POST_NORM, L.GATE_UP, L.DOWN, L.WINDOW, L.COUNT)
 # fmt: on
@@ -144,27 +150,30 @@ class L:
 STAGES_OF_A_LAYER = 9
 call_norm = caller(5)
 call_merge = caller(4)
-call_rope_store = caller(6)
+call_rope_store = caller(7)
 call_attend = caller(5)
 call_gate_up = caller(9)
 call_product = caller(16)
 call_job = caller(4)
 
 
-def store_stage(params, stage, n, pool, q_norm, k_norm):  # type: ignore[no-untyped-def]
+def store_stage(params, stage, tid, n, pool, q_norm, k_norm):  # type: ignore[no-untyped-def]
     p = i64_at(params)
+    scratch = p[_SCRATCH] + tid * p[_SCRATCH_BYTES]
     rope_store_rows(
         stage, n, p[_TOKENS], p[_QKV], p[_QKV_STRIDE], p[_HEADS], p[_KV_HEADS], p[_HEAD_DIM], p[_POSITIONS], p[_SLOTS],
         p[_COS], p[_SIN], p[_HALF], q_norm, k_norm, np.float32(f64_at(params)[_EPS]), p[_LOGN_LENGTH], pool, p[_BLOCK_LEN],
-        p[_POOL_EXACT],
+        p[_POOL_EXACT], p[_POOL_BITS], scratch,
     )  # fmt: skip
 
 
 def attend_stage(params, stage, tid, pool, window):  # type: ignore[no-untyped-def]
-    """Pieces (several tokens) first, they take longest; then splits of single tokens."""
+    """Pieces (several tokens) first, they take longest; then splits of single tokens. What a split reads of a quantized pool is
+    dequantized first, as a pool of one block."""
     p = i64_at(params)
     kv_heads, heads, head_dim = p[_KV_HEADS], p[_HEADS], p[_HEAD_DIM]
     scratch = p[_SCRATCH] + tid * p[_SCRATCH_BYTES]
+    bits, rows, group = p[_POOL_BITS], scratch + p[_ROWS_AT], heads // kv_heads
     pieces, splits = i32_at(p[_PIECES]), i32_at(p[_SPLITS])
     num_pieces = p[_NUM_PIECES] * kv_heads
     items = num_pieces + p[_NUM_SPLITS] * kv_heads
@@ -181,6 +190,7 @@ def attend_stage(params, stage, tid, pool, window):  # type: ignore[no-untyped-d
                 p[_PIECE_FUNCTION], p[_TILE_FUNCTION], p[_QKV] + first * p[_QKV_STRIDE], p[_QKV_STRIDE], tokens, position,
                 pool, p[_BLOCK_TABLES] + row * p[_BLOCK_TABLE_STRIDE], window, kv_head, heads, kv_heads, head_dim,
                 p[_BLOCK_LEN], p[_POOL_EXACT], scratch, p[_ATTENDED] + first * out_stride, out_stride,
+                p[_TAKE_ROWS], bits, rows, p[_ONLY_BLOCK],
             )  # fmt: skip
             continue
         split, kv_head = (item - num_pieces) // kv_heads, (item - num_pieces) % kv_heads
@@ -189,7 +199,16 @@ def attend_stage(params, stage, tid, pool, window):  # type: ignore[no-untyped-d
         if window > 0:
             begin = max(begin, i32_at(p[_POSITIONS])[token] - window + 1)
         if begin >= stop:
-            empty_split(kv_head, heads // kv_heads, head_dim, partial)
+            empty_split(kv_head, group, head_dim, partial)
+            continue
+        if bits != 0:
+            table = p[_BLOCK_TABLES] + row * p[_BLOCK_TABLE_STRIDE]
+            exact, first_head = p[_POOL_EXACT], kv_head * group
+            call_take_rows(p[_TAKE_ROWS], pool, table, begin, stop, kv_head, kv_heads, head_dim, p[_BLOCK_LEN], bits, exact, SPLIT, rows)
+            call_split(
+                p[_SPLIT_FUNCTION], p[_QKV] + token * p[_QKV_STRIDE] + 4 * first_head * head_dim, rows, p[_ONLY_BLOCK], 0,
+                stop - begin, 0, group, 1, head_dim, SPLIT, scratch, partial + 4 * first_head * (head_dim + 2),
+            )  # fmt: skip
             continue
         call_split(
             p[_SPLIT_FUNCTION], p[_QKV] + token * p[_QKV_STRIDE], pool, p[_BLOCK_TABLES] + row * p[_BLOCK_TABLE_STRIDE],
@@ -297,7 +316,7 @@ def layers(stages, params, tid, n):  # type: ignore[no-untyped-def]
         w, pool = i64_at(layer), p[_POOL] + index * p[_POOL_LAYER_BYTES]
         call_norm(p[_NORM_STAGE], params, stage, tid, n, w[_L_INPUT_NORM])
         _product(p, layer + 8 * _L_QKV, stage + 64, n, x, x_stride, sums, sums_stride, p[_QKV], p[_QKV_STRIDE], 0, tokens)
-        call_rope_store(p[_ROPE_STORE], params, stage + 128, n, pool, w[_L_Q_NORM], w[_L_K_NORM])
+        call_rope_store(p[_ROPE_STORE], params, stage + 128, tid, n, pool, w[_L_Q_NORM], w[_L_K_NORM])
         call_attend(p[_ATTEND], params, stage + 192, tid, pool, w[_L_WINDOW])
         call_merge(p[_MERGE], params, stage + 256, n, 1)
         _product(p, layer + 8 * _L_O, stage + 320, n, x, x_stride, sums, sums_stride, p[_RESIDUAL], 4 * hidden, 1, tokens)
@@ -363,7 +382,7 @@ def embed(stages, params, tid, n):  # type: ignore[no-untyped-def]
 def rope_store(stages, params, tid, n):  # type: ignore[no-untyped-def]
     """One layer: QKV in place, K and V to POOL."""
     p = i64_at(params)
-    call_rope_store(p[_ROPE_STORE], params, stages, n, p[_POOL], p[_Q_NORM], p[_K_NORM])
+    call_rope_store(p[_ROPE_STORE], params, stages, tid, n, p[_POOL], p[_Q_NORM], p[_K_NORM])
 
 
 def attention(stages, params, tid, n):  # type: ignore[no-untyped-def]

@@ -241,6 +241,12 @@ def compiled(function: Callable[..., None]) -> int:
     return int(address)
 
 
+@kernel("f", "i")
+def bfloat_bits(e: Emit, x: Value) -> Value:
+    """The bfloat16 nearest to x (ties to even) as 16 bits."""
+    return e.b.zext(e.b.extract_element(e.narrow(e.broadcast(x)), I32(0)), I64)
+
+
 _COMPILED: dict[Callable[..., None], Any] = {}
 
 

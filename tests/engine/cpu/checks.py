@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from engine import reference, w4, w8
+from engine import kv_quant, reference, w4, w8
 from engine.batch import Batch
 from engine.cache.layout import KVLayout
 from engine.cpu.backend import CpuBackend
@@ -137,6 +137,41 @@ def check_attention(dtype: str, threads: int, heads: tuple[int, int, int], block
         wanted = plain.attention(wanted_q, batch, np.ascontiguousarray(stored), window)
         # bfloat16: q and the softmax weights are rounded, 2^-9 each
         assert error(got, wanted) < (2e-6 if dtype == "float32" else 1e-2)
+
+
+def check_quantized(dtype: str, threads: int, heads: tuple[int, int, int], block_len: int, window: int, bits: int) -> None:
+    """The same over a quantized pool. Free blocks and positions beyond a context are NaN: every byte is 255."""
+    num_heads, kv_heads, head_dim = heads
+    model, rng = spec(num_heads, kv_heads, head_dim), np.random.default_rng(block_len + window + bits)
+    batch, blocks = make_batch(ROWS, block_len, rng)
+    layout, plain = KVLayout(1, kv_heads, head_dim, block_len, dtype, bits), reference.ReferenceBackend()
+    given = rng.standard_normal((blocks, 2, kv_heads, block_len, head_dim)).astype(np.float32)
+    truth = plain.make_kv(layout, blocks)[0]
+    filled = truth.copy()
+    kv_quant.store(filled, layout, given)
+    (codes, pairs), (filled_codes, filled_pairs) = kv_quant.parts(truth, layout), kv_quant.parts(filled, layout)
+    for row, (context, _) in enumerate(ROWS):
+        own = np.arange(context)
+        at = (batch.tables[row, own // block_len], slice(None), slice(None), own % block_len)
+        codes[at], pairs[at] = filled_codes[at], filled_pairs[at]
+    cos, sin = rng.standard_normal((2, 1200, head_dim // 2)).astype(np.float32)
+    qkv = rng.standard_normal((batch.num_tokens, (num_heads + 2 * kv_heads) * head_dim)).astype(np.float32)
+    with backend(model, dtype, threads) as cpu:
+        pool = cpu.make_kv(layout, blocks)[0]
+        assert pool.nbytes == blocks * layout.layer_block_bytes
+        pool[:] = truth
+        step = cpu.begin(batch)
+        cpu.rope_store(qkv, step, pool, cpu.prepare_rope(cos, sin), None, None, model)
+        wanted_q = plain.rope_store(qkv, batch, truth, (cos, sin), None, None, model)
+        stored, wanted = kv_quant.values(pool, layout), kv_quant.values(truth, layout)
+        np.testing.assert_array_equal(np.isnan(stored), np.isnan(wanted))
+        # a number that lies between two codes may get the other one: K was turned in another order of operations
+        scale = (kv_quant.parts(truth, layout)[1] << 16).view(np.float32)[..., None]
+        off = np.abs(stored - wanted) / scale
+        assert np.nanmax(off) < 1.01 and np.nanmean(off) < 2e-3
+        got = cpu.attention(wanted_q, step, pool, window)
+        # bfloat16: what the codes stand for is rounded too
+        assert error(got, plain.attention(wanted_q, batch, pool, window)) < (2e-6 if dtype == "float32" else 1.5e-2)
 
 
 def check_rows(dtype: str, threads: int) -> None:
@@ -266,6 +301,8 @@ def check_everything_once() -> None:
         check_rows(dtype, 2)
         for heads in ((9, 3, 64), (4, 4, 80)):
             check_attention(dtype, 2, heads, 16, 100)
+            for bits in (8, 4):
+                check_quantized(dtype, 2, heads, 16, 100, bits)
         check_pass(dtype, 2, "w4", 0)
 
 

@@ -31,6 +31,17 @@ def test_rope_store_and_attention(dtype: str, heads: tuple[int, int, int], block
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("heads", "block_len", "window", "threads"),
+    [((9, 3, 64), 64, 100, 2), ((8, 2, 128), 16, 0, 2), ((6, 6, 48), 7, 5, 1), ((4, 4, 80), 1, 64, 3), ((7, 1, 96), 128, 0, 2)],
+    ids=str,
+)
+def test_a_quantized_pool(dtype: str, bits: int, heads: tuple[int, int, int], block_len: int, window: int, threads: int) -> None:
+    checks.check_quantized(dtype, threads, heads, block_len, window, bits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_row_operations(dtype: str, threads: int) -> None:
     checks.check_rows(dtype, threads)

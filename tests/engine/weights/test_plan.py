@@ -13,7 +13,8 @@ from engine.build import resolve_spec
 from engine.errors import ConfigError
 from engine.models.layers import make_shard
 from engine.models.spec import load_spec
-from engine.plan import PACKED_BYTES, MemoryPlan, largest_share, memory_parts, plan_memory
+from engine.plan import PACKED_BYTES, MemoryPlan, kv_layout, largest_share, memory_parts, plan_memory
+from engine.reference import ReferenceBackend
 from engine.weights import open_checkpoint
 from tests.fixtures.awq import awq_checkpoint
 from tests.fixtures.toy import toy_checkpoint, toy_gguf
@@ -112,6 +113,27 @@ def test_blocks_follow_the_formula(tmp_path: Path) -> None:
     assert fixed.num_blocks == 17
     slots = plan(path, engine=Engine(max_batch_size=2))
     assert slots.num_blocks == 4 * 2 * 9  # four times what both slots fill: 513 positions are 9 blocks
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_blocks_are_counted_with_their_scales(tmp_path: Path, bits: int) -> None:
+    path = toy_checkpoint(tmp_path / "x")
+    p = plan(path, cache=Cache(cache_max_bytes=1 << 20, cache_block_seq_len=64, quant_policy=bits))
+    assert p.block_bytes == 2 * (2 * 2 * 64 * (16 * bits // 8 + 4)) and p.num_blocks == (1 << 20) // p.block_bytes
+    kv = ReferenceBackend().make_kv(kv_layout(Config(cache=Cache(quant_policy=bits)), load_spec(path), 2, "float32"), p.num_blocks)
+    assert kv.nbytes == p.kv_bytes
+
+
+def test_heads_that_no_kernel_reads_in_few_bits_are_refused(tmp_path: Path) -> None:
+    spec = dataclasses.replace(load_spec(toy_checkpoint(tmp_path / "x")), head_dim=96)
+    card = Config(engine=Engine(device="cuda"), cache=Cache(quant_policy=4))
+    with pytest.raises(
+        ConfigError, match="quant_policy = 4 on cuda needs a head_dim that is a multiple of 64; this model's is 96. Set it to 8 or 0"
+    ):
+        kv_layout(card, spec, 2, "float16")
+    with pytest.raises(ConfigError, match="Set it to 0"):
+        kv_layout(card, dataclasses.replace(spec, head_dim=80), 2, "float16")
+    assert kv_layout(dataclasses.replace(card, cache=Cache(quant_policy=8)), spec, 2, "float16").row_bytes == 96
 
 
 def test_the_share_of_what_is_free(tmp_path: Path) -> None:

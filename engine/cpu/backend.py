@@ -8,6 +8,7 @@ ranks and shapes that the pass does not take. Knows no layer of a particular fam
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from engine.cpu.matmul import CHUNK, Packed
 from engine.cpu.paged_attention import SPLIT, split_function, split_scratch_bytes
 from engine.cpu.prefill_attention import piece_function, scratch_bytes, tokens_of_piece
 from engine.cpu.program import L, P
+from engine.cpu.target import FEATURES
 from engine.cpu.threads import Pool, aligned
 from engine.cpu.vector import compiled
 from engine.errors import ConfigError
@@ -38,10 +40,10 @@ MAX_THREADS = 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
-    """A packed weight and the six words by which a job names it."""
+    """A packed weight and the eight words by which a job names it."""
 
     packed: Packed
-    words: tuple[int, int, int, int, int, int]
+    words: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,13 +74,15 @@ class Pass:
         self.final_norm = decoder.final_norm
         self.rope: Rope = decoder.rope
         self.held = decoder.layers
+        # where down takes bytes, rows are float32 until they are quantized
+        self.wide_h = any(linear.weight.packed.kind in (matmul.D32, matmul.I8) for linear in (layer.down for layer in decoder.layers))
         for row, layer in zip(self.table, decoder.layers, strict=True):
             row[L.INPUT_NORM], row[L.POST_NORM] = _address(layer.input_norm), _address(layer.post_norm)
             row[L.Q_NORM] = 0 if layer.q_norm is None else _address(layer.q_norm)
             row[L.K_NORM] = 0 if layer.k_norm is None else _address(layer.k_norm)
             row[L.WINDOW] = layer.window
             for place, linear in ((L.QKV, layer.qkv), (L.O, layer.o), (L.GATE_UP, layer.gate_up), (L.DOWN, layer.down)):
-                row[place : place + 6] = linear.weight.words
+                row[place : place + 8] = linear.weight.words
 
 
 class Buffers:
@@ -123,17 +127,23 @@ class CpuBackend:
         vector = None if bias is None else bias.to(torch.float32).numpy()
         packed = self._pack(weight, vector)
         function = matmul.tile_function(packed.kind)
-        words = (function, _address(packed.data), _address(packed.bias), packed.tiles, packed.chunks, packed.tile_bytes)
+        mode, order = matmul.input_mode(packed.kind), 0 if packed.order is None else _address(packed.order)
+        words = (function, _address(packed.data), _address(packed.bias), packed.tiles, packed.chunks, packed.tile_bytes, mode, order)
         return Linear(packed, words)
 
     def _pack(self, weight: Weight, bias: np.ndarray | None) -> Packed:
         if isinstance(weight, awq.AWQ):
             weight = awq.to_w4(weight)
-        if isinstance(weight, eight_bit.Int8 | eight_bit.Float8) or isinstance(weight, w4.W4) and weight.order is not None:
+        if isinstance(weight, eight_bit.Int8):
+            if not self._exact and FEATURES.int8_dot and weight.in_features <= matmul.MOST_INT8:
+                return matmul.pack_i8(weight.q, weight.scale, bias)
+            weight = to_dense(weight)
+        if isinstance(weight, eight_bit.Float8):  # no CPU multiplies them
             weight = to_dense(weight)
         if isinstance(weight, w4.W4):
             if not self._exact:
-                return matmul.pack_w4(weight.qweight, weight.scale, weight.bias, bias)
+                packed = matmul.pack_w4(weight.qweight, weight.scale, weight.bias, bias)
+                return packed if weight.order is None else dataclasses.replace(packed, order=np.ascontiguousarray(weight.order, np.int32))
             return matmul.pack_d32(w4.dequantize(weight), bias)
         if isinstance(weight, w8.W8):
             return matmul.pack_d32(w8.dequantize(weight), bias) if self._exact else matmul.pack_w8(weight.q, weight.scale, bias)
@@ -224,7 +234,7 @@ class CpuBackend:
         self._place(p, (P.X, P.X_STRIDE), "x", tokens, element * max(spec.hidden_size, attended))
         self._place(p, (P.SUMS, P.SUMS_STRIDE), "sums", tokens, 4 * max(spec.hidden_size, attended) // CHUNK)
         self._place(p, (P.QKV, P.QKV_STRIDE), "qkv", tokens, 4 * (attended + 2 * p[P.KV_HEADS] * spec.head_dim))
-        self._place(p, (P.H, P.H_STRIDE), "h", tokens, element * spec.intermediate_size)
+        self._place(p, (P.H, P.H_STRIDE), "h", tokens, (4 if self._pass.wide_h else 2) * spec.intermediate_size)
         self._place(p, (P.H_SUMS, P.H_SUMS_STRIDE), "h_sums", tokens, 4 * spec.intermediate_size // CHUNK)
         p[P.ATTENDED] = self._buffers.get("attended", 4 * tokens * attended)
         self._run(p)
@@ -269,6 +279,7 @@ class CpuBackend:
         p[P.STAGES] = program.STAGES_OF_A_LAYER * spec.num_layers + 1 if job is program.layers else 2
         p[P.NORM_STAGE], p[P.MERGE] = compiled(program.norm_stage), compiled(program.merge_stage)
         p[P.PRODUCT], p[P.GATE_UP] = compiled(program.product_stage), compiled(program.gate_up_stage)
+        p[P.QUANTIZE] = compiled(program.quantize_stage)
         p[P.ROPE_STORE], p[P.ATTEND] = compiled(program.store_stage), compiled(program.attend_stage)
         p[P.ROWS_AT] = self._scratch_bytes(group)
         p[P.SCRATCH_BYTES] = p[P.ROWS_AT] + (rows_bytes(SPLIT, spec.head_dim) if bits else 0)
@@ -279,7 +290,8 @@ class CpuBackend:
         """Of one thread: the largest of the stages that share it, and a page so that threads never share a line."""
         spec = self._spec
         gate_up = (matmul.ROW_BLOCK + 1) * 256
-        largest = max(scratch_bytes(spec.head_dim, group), split_scratch_bytes(spec.head_dim, group), gate_up, 4 * spec.hidden_size)
+        rows = max(8 * spec.hidden_size, 4 * spec.num_heads * spec.head_dim)  # one, and the same in another order
+        largest = max(scratch_bytes(spec.head_dim, group), split_scratch_bytes(spec.head_dim, group), gate_up, rows)
         return (largest + 2 * 4096 - 1) // 4096 * 4096
 
     def _run(self, p: list[int]) -> None:
@@ -314,6 +326,8 @@ class CpuBackend:
 
     def linear(self, x: Array, weight: Linear) -> Array:
         packed, rows = weight.packed, len(x)
+        if packed.order is not None:
+            x = x[:, packed.order]
         width = packed.chunks * CHUNK
         if packed.in_features != width:
             x = np.pad(x, ((0, 0), (0, width - packed.in_features)))
@@ -333,7 +347,6 @@ class CpuBackend:
                 _address(y),
                 y.strides[0],
                 *weight.words,
-                int(self._exact),
             )
         return y if packed.out_features == y.shape[1] else np.ascontiguousarray(y[:, : packed.out_features])
 

@@ -140,8 +140,8 @@ def embed_row(kind, data, tile_bytes, chunk_bytes, index, out, count):  # type: 
 
 
 @njit(nogil=True)
-def put_rows(stage, n, rows, exact, source, source_stride, target, target_stride, sums, sums_stride, chunks):  # type: ignore[no-untyped-def]
-    """Float32 rows as the activations of the next product."""
+def put_rows(stage, n, rows, mode, source, source_stride, target, target_stride, sums, sums_stride, chunks):  # type: ignore[no-untyped-def]
+    """Float32 rows as the activations of the next product; `mode` as `put_row` has it."""
     done, chunk = 0, rows_at_once(rows, n)
     while True:
         begin = atomic_add(stage, chunk)
@@ -150,5 +150,5 @@ def put_rows(stage, n, rows, exact, source, source_stride, target, target_stride
         stop = min(rows, begin + chunk)
         done += stop - begin
         for t in range(begin, stop):
-            put_row(exact, source + t * source_stride, target + t * target_stride, sums + t * sums_stride, chunks)
+            put_row(mode, source + t * source_stride, target + t * target_stride, sums + t * sums_stride, chunks)
     finish(stage, done, rows)

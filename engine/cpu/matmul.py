@@ -9,14 +9,21 @@ channels; a tile is one stream of bytes, chunk after chunk (K padded to 32, N to
     W8     scale f32 [16], then int8 [32][16]                                                       576
     D16    16 vectors, lane = output channel, bfloat16 (k, k + 1) in its low and high half         1024
     D32    32 vectors of float32                                                                   2048
+    I8     8 vectors, lane = output channel, int8 k .. k + 3 in its bytes                           512
+           and behind the last chunk of a tile: scale f32 [16], -128 times the sum of q int32 [16]  128 a tile
 
     nibbles: lane = output channel; vector v holds k = 8 v .. 8 v + 7; nibble j of the lane's low half is k = 8 v + 2 j, of
     its high half k = 8 v + 2 j + 1. One 16-bit table look-up (vpermw, which reads the low bits of each half) turns
     `vector >> 4 j` into two bfloat16 a lane, exact; one vdpbf16ps multiplies them with a pair of activations.
 
-Activations are bfloat16 [T, K padded] (float32 for D32), and for W4 float32 sums of each 32 of them [T, K / 32]:
+Activations are bfloat16 [T, K padded] (float32 for D32, bytes for I8), and for W4 float32 sums of each 32 of them [T, K / 32]:
 
     y[t, n] = bias[n] + sum over chunks g of  scale[n, g] * (sum over k in g of q[n, k] x[t, k]) + bias[n, g] * xsum[t, g]
+
+I8 takes activations as x[t, k] = s[t] * (u[t, k] - 128) with u uint8 and the scale s[t] in the place of the first sum
+(`quantize_rows` of engine/eight_bit.py); vpdpbusd adds four products of u and q to an int32, exactly:
+
+    y[t, n] = bias[n] + s[t] * scale[n] * (sum over k of q[n, k] u[t, k]  -  128 * sum over k of q[n, k])
 
 so weights are never rounded, and the order of additions of one row is the same whatever the other rows are.
 
@@ -56,10 +63,13 @@ from engine.cpu.vector import (
     kernel,
 )  # fmt: skip
 
-W4, W4F, W8, D16, D32 = range(5)
+W4, W4F, W8, D16, D32, I8 = range(6)
 CHUNK = 32
-CHUNK_BYTES = (320, 384, 576, 1024, 2048)
-SCALE_BYTES = (64, 128, 64, 0, 0)
+CHUNK_BYTES = (320, 384, 576, 1024, 2048, 512)
+SCALE_BYTES = (64, 128, 64, 0, 0, 0)
+TAIL_BYTES = 128  # of a tile of I8
+MOST_INT8 = 1 << 16  # input channels whose products of bytes an int32 holds
+ROUNDED, WIDE_FLOAT, BYTES = range(3)  # what `put_row` makes of a row: bfloat16, float32, uint8 with a scale
 PREFETCH = 10240  # bytes ahead
 PREFETCH_PAIR = 2048  # beyond one tile
 WIDE = FEATURES.wide
@@ -156,6 +166,32 @@ class _Operands:
     y_stride: Value
 
 
+def _int8_tile(e: Emit, tiles: list[Value], rows: list[Value], sum_rows: list[Value], o: _Operands, chunks: Value) -> list[Value]:
+    """I8: float32 results, index row * tiles + tile."""
+    b = e.b
+    tail = b.mul(chunks, I64(CHUNK_BYTES[I8]))
+    corrections = [e.load(V_I32, at, b.add(tail, I64(64))) for at in tiles]
+    with e.loop(chunks, corrections * len(rows)) as (g, now, after):
+        offset, x_offset = b.mul(g, I64(CHUNK_BYTES[I8])), b.mul(g, I64(CHUNK))
+        ahead = I64(PREFETCH) if len(tiles) == 1 else b.add(offset, b.add(o.tile_bytes, I64(PREFETCH_PAIR)))
+        for line in range(0, CHUNK_BYTES[I8] * len(tiles), 64):
+            e.prefetch(o.w, b.add(b.add(offset, ahead), I64(line)))
+        acc = list(now)
+        for k in range(0, CHUNK, 4):
+            ws = [e.load(V_I32, at, b.add(offset, I64(LANES * k))) for at in tiles]
+            for m, row in enumerate(rows):
+                x = e.broadcast(e.load(I32, row, b.add(x_offset, I64(k)), 4))
+                for n, w in enumerate(ws):
+                    acc[m * len(tiles) + n] = e.dot_bytes(acc[m * len(tiles) + n], x, w)
+        after[:] = acc
+    sums, results = list(e.results), []
+    for i, value in enumerate(sums):
+        m, n = divmod(i, len(tiles))
+        scale = b.fmul(e.load(V_F32, tiles[n], tail), e.broadcast(e.load(F32, sum_rows[m], 0, 4)))
+        results.append(e.fma(b.sitofp(value, V_F32), scale, e.load(V_F32, o.bias, 64 * n)))
+    return results
+
+
 def _register_tile(e: Emit, kind: int, num_rows: int, num_tiles: int, o: _Operands, chunks: Value, add: Value) -> None:
     b = e.b
     tiles = [b.add(o.w, b.mul(o.tile_bytes, I64(n))) for n in range(num_tiles)]
@@ -163,6 +199,9 @@ def _register_tile(e: Emit, kind: int, num_rows: int, num_tiles: int, o: _Operan
         [b.add(base, b.mul(stride, I64(m))) for m in range(num_rows)]
         for base, stride in ((o.x, o.x_stride), (o.sums, o.sums_stride), (o.y, o.y_stride))
     )
+    if kind == I8:
+        _write_tile(e, _int8_tile(e, tiles, rows, sum_rows, o, chunks), num_tiles, outs, add)
+        return
     with e.loop(chunks, [e.load(V_F32, o.bias, 64 * n) for n in range(num_tiles)] * num_rows) as (g, now, after):
         offset, x_offset = b.mul(g, I64(CHUNK_BYTES[kind])), b.mul(g, I64(CHUNK * (4 if kind == D32 else 2)))
         # two tiles are read side by side: fetch the next two as one stream, at twice the pace
@@ -181,7 +220,12 @@ def _register_tile(e: Emit, kind: int, num_rows: int, num_tiles: int, o: _Operan
                     if group_bias is not None:
                         base = e.fma(group_bias, e.broadcast(e.load(F32, sum_rows[m], b.mul(g, I64(4)), 4)), base)
                     after[i] = e.fma(scale, acc[i], base)
-    results = [(outs[i // num_tiles], 64 * (i % num_tiles), value) for i, value in enumerate(e.results)]
+    _write_tile(e, e.results, num_tiles, outs, add)
+
+
+def _write_tile(e: Emit, values: list[Value], num_tiles: int, outs: list[Value], add: Value) -> None:
+    b = e.b
+    results = [(outs[i // num_tiles], 64 * (i % num_tiles), value) for i, value in enumerate(values)]
     with b.if_else(b.icmp_signed("!=", add, I64(0))) as (adding, writing):
         with adding:
             for out, column, value in results:
@@ -225,7 +269,7 @@ def _tile_rows(kind: int) -> Any:
     return kernel("i" * 13)(tile_rows)
 
 
-_rows_w4, _rows_w4f, _rows_w8, _rows_d16, _rows_d32 = (_tile_rows(kind) for kind in range(5))
+_rows_w4, _rows_w4f, _rows_w8, _rows_d16, _rows_d32, _rows_i8 = (_tile_rows(kind) for kind in range(6))
 call_tile_rows = caller(13)
 
 
@@ -254,9 +298,18 @@ def _d32(w, num_tiles, tile_bytes, x, x_stride, sums, sums_stride, bias, y, y_st
     _rows_d32(w, num_tiles, tile_bytes, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows)
 
 
+def _i8(w, num_tiles, tile_bytes, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows):  # type: ignore[no-untyped-def]
+    _rows_i8(w, num_tiles, tile_bytes, x, x_stride, sums, sums_stride, bias, y, y_stride, chunks, add, num_rows)
+
+
 def tile_function(kind: int) -> int:
     """Address of the compiled function of a kind, for `call_tile_rows`."""
-    return compiled((_w4, _w4f, _w8, _d16, _d32)[kind])
+    return compiled((_w4, _w4f, _w8, _d16, _d32, _i8)[kind])
+
+
+def input_mode(kind: int) -> int:
+    """What `put_row` is to make of the activations of a product."""
+    return {D32: WIDE_FLOAT, I8: BYTES}.get(kind, ROUNDED)
 
 
 @njit(nogil=True)
@@ -307,11 +360,30 @@ def copy_row(e: Emit, source: Value, target: Value, chunks: Value) -> None:
             e.store(e.load(V_F32, source, offset), target, offset)
 
 
+@kernel("iiii")
+def quantize_row(e: Emit, source: Value, target: Value, scale: Value, chunks: Value) -> None:
+    """float32 -> bytes around 128, and the scale: `quantize_rows` of engine/eight_bit.py. `target` may be `source`."""
+    b = e.b
+    with e.loop(b.mul(chunks, I64(2)), [e.const(0.0)]) as (i, now, after):
+        x = e.unary("fabs", e.load(V_F32, source, b.mul(i, I64(64))))
+        after[0] = b.call(e.function("llvm.maximum.v16f32", V_F32, [V_F32] * 2), [now[0], x])  # a NaN stays one
+    largest = b.call(e.function("llvm.vector.reduce.fmaximum.v16f32", F32, [V_F32]), [e.results[0]])
+    e.store(b.fmul(largest, F32(1 / 127)), scale)
+    inverse = b.select(b.fcmp_ordered(">", largest, F32(0.0)), b.fdiv(F32(127.0), largest), F32(0.0))
+    factor = e.broadcast(inverse)
+    with e.loop(b.mul(chunks, I64(2)), []) as (i, _, _after):
+        x = e.unary("rint", b.fmul(e.load(V_F32, source, b.mul(i, I64(64))), factor))
+        whole = b.add(b.fptosi(x, V_I32), e.ints(128))
+        e.store(b.trunc(whole, V_I8), target, b.mul(i, I64(16)))
+
+
 @njit(nogil=True)
-def put_row(exact, source, target, sums, chunks):  # type: ignore[no-untyped-def]
+def put_row(mode, source, target, sums, chunks):  # type: ignore[no-untyped-def]
     """A float32 row as the activations of the next product."""
-    if exact:
+    if mode == WIDE_FLOAT:
         copy_row(source, target, chunks)
+    elif mode == BYTES:
+        quantize_row(source, target, sums, chunks)
     else:
         round_row(source, target, sums, chunks)
 
@@ -326,8 +398,9 @@ class Packed:
     kind: int
     out_features: int
     in_features: int
-    data: np.ndarray  # uint8 [tiles, chunks, CHUNK_BYTES[kind]], aligned
+    data: np.ndarray  # uint8 [tiles, chunks, CHUNK_BYTES[kind]], aligned; of I8 [tiles, bytes]
     bias: np.ndarray  # float32 [tiles * 16]
+    order: np.ndarray | None = None  # int32 [K]: which activation each input channel takes, None: its own
 
     @property
     def tiles(self) -> int:
@@ -335,11 +408,11 @@ class Packed:
 
     @property
     def chunks(self) -> int:
-        return self.data.shape[1]
+        return -(-self.in_features // CHUNK)
 
     @property
     def tile_bytes(self) -> int:
-        return self.data.shape[1] * self.data.shape[2]
+        return self.data[0].nbytes
 
     @property
     def nbytes(self) -> int:
@@ -403,6 +476,21 @@ def pack_w8(q: np.ndarray, scale: np.ndarray, out_bias: np.ndarray | None) -> Pa
     body = data[:, :, 64:].view(np.int8).reshape(tiles, chunks, CHUNK, LANES)
     body[:] = _lanes(q, tiles).reshape(tiles, LANES, chunks, CHUNK).transpose(0, 2, 3, 1)
     return Packed(W8, n, k, data, _padded_bias(out_bias, n))
+
+
+def pack_i8(q: np.ndarray, scale: np.ndarray, out_bias: np.ndarray | None) -> Packed:
+    """int8 [N, K], float32 [N]."""
+    n, k = q.shape
+    tiles, chunks = -(-n // LANES), -(-k // CHUNK)
+    tail = chunks * CHUNK_BYTES[I8]
+    data = aligned(tiles * (tail + TAIL_BYTES), np.uint8).reshape(tiles, tail + TAIL_BYTES)
+    padded = np.zeros((n, chunks * CHUNK), np.int8)
+    padded[:, :k] = q
+    words = _lanes(padded.view(np.int32), tiles)  # [tiles, 16, chunks * 8], four input channels each
+    data[:, :tail].view(np.int32).reshape(tiles, chunks * CHUNK // 4, LANES)[:] = words.transpose(0, 2, 1)
+    data[:, tail : tail + 64].view(np.float32)[:] = _lanes(scale, tiles)
+    data[:, tail + 64 :].view(np.int32)[:] = _lanes(-128 * q.sum(axis=1, dtype=np.int32), tiles)
+    return Packed(I8, n, k, data, _padded_bias(out_bias, n))
 
 
 def pack_d32(weight: np.ndarray, out_bias: np.ndarray | None) -> Packed:

@@ -2,11 +2,12 @@
 
 A job is a row of int64 parameters: the address of its function, then addresses, strides in bytes, and counts. `P` names the
 places for operations on a step (`layers`, `rope_store`, `attention`); the others say theirs in their docstring. `L` names the
-words of one layer in the table that `layers` walks; a packed weight is six of them (the address of its tile function, data,
-bias, tiles, chunks, bytes of a tile). Every operation is compiled on its own, when it is first needed (`compiled`).
+words of one layer in the table that `layers` walks; a packed weight is eight of them (the address of its tile function, data,
+bias, tiles, chunks, bytes of a tile, what its activations are made into, the address of their order or 0). Every operation is
+compiled on its own, when it is first needed (`compiled`).
 
 Only this file knows the order of operations in a layer; it must not know where parameters come from. Stages of a layer:
-norm | qkv | rope, K/V store | attention | merge, round | o + residual | norm | gate, up, silu | down + residual
+norm | qkv | rope, K/V store | attention | merge, round | o + residual | norm | gate, up, silu | (quantize) | down + residual
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numba import njit
 from engine.cpu.elementwise import add_norm_rows, embed_row, norm_row, norm_rows, put_rows, silu_rows, silu_vectors
 from engine.cpu.kv_quant import call_take_rows
 from engine.cpu.kv_store import rope_store_rows
-from engine.cpu.matmul import CHUNK, ROW_BLOCK, call_tile_rows, product, put_row
+from engine.cpu.matmul import BYTES, CHUNK, ROW_BLOCK, WIDE_FLOAT, call_tile_rows, product, put_row
 from engine.cpu.paged_attention import SPLIT, call_split, empty_split, merge
 from engine.cpu.prefill_attention import call_piece
 from engine.cpu.threads import (
@@ -34,7 +35,7 @@ from engine.cpu.threads import (
     piece_start,
     rows_at_once,
 )  # fmt: skip
-from engine.cpu.vector import caller, f64_at, i32_at, i64_at
+from engine.cpu.vector import caller, f32_at, f64_at, i32_at, i64_at
 
 
 class P:
@@ -108,7 +109,8 @@ class P:
     POOL_BITS = 59
     ROWS_AT = 60  # from the thread's scratch
     ONLY_BLOCK = 61
-    COUNT = 62
+    QUANTIZE = 62
+    COUNT = 63
 
 
 class L:
@@ -116,14 +118,17 @@ class L:
 
     INPUT_NORM = 0
     QKV = 1
-    Q_NORM = 7
-    K_NORM = 8
-    O = 9
-    POST_NORM = 15
-    GATE_UP = 16
-    DOWN = 22
-    WINDOW = 28
-    COUNT = 29
+    Q_NORM = 9
+    K_NORM = 10
+    O = 11
+    POST_NORM = 19
+    GATE_UP = 20
+    DOWN = 28
+    WINDOW = 36
+    COUNT = 37
+
+
+MODE, ORDER = 6, 7  # words of a packed weight that who makes its activations reads
 
 
 # njit reads module constants, not attributes of a class
@@ -143,16 +148,18 @@ class L:
 (_SPLIT_FUNCTION, _TILE_FUNCTION, _PRODUCT, _GATE_UP) = (P.SPLIT_FUNCTION, P.TILE_FUNCTION, P.PRODUCT, P.GATE_UP)
 (_ROPE_STORE, _ATTEND, _NORM_STAGE, _MERGE) = (P.ROPE_STORE, P.ATTEND, P.NORM_STAGE, P.MERGE)
 (_TAKE_ROWS, _POOL_BITS, _ROWS_AT, _ONLY_BLOCK) = (P.TAKE_ROWS, P.POOL_BITS, P.ROWS_AT, P.ONLY_BLOCK)
+_QUANTIZE = P.QUANTIZE
 (_L_INPUT_NORM, _L_QKV, _L_Q_NORM, _L_K_NORM, _L_O) = (L.INPUT_NORM, L.QKV, L.Q_NORM, L.K_NORM, L.O)
 (_L_POST_NORM, _L_GATE_UP, _L_DOWN, _L_WINDOW, _L_COUNT) = (L.POST_NORM, L.GATE_UP, L.DOWN, L.WINDOW, L.COUNT)
 # fmt: on
 
-STAGES_OF_A_LAYER = 9
-call_norm = caller(5)
-call_merge = caller(4)
+STAGES_OF_A_LAYER = 10
+call_norm = caller(6)
+call_merge = caller(5)
+call_quantize = caller(3)
 call_rope_store = caller(7)
 call_attend = caller(5)
-call_gate_up = caller(9)
+call_gate_up = caller(10)
 call_product = caller(16)
 call_job = caller(4)
 
@@ -234,9 +241,22 @@ def _merge_token(p, t):  # type: ignore[no-untyped-def]
         merge(p[_PARTIAL] + first * 4 * heads * (head_dim + 2), splits, heads, head_dim, p[_ATTENDED] + t * 4 * heads * head_dim)
 
 
-def merge_stage(params, stage, n, put):  # type: ignore[no-untyped-def]
-    """Splits added up; with `put`, ATTENDED -> X."""
+@njit(nogil=True)
+def _put_for(reader, source, spare, target, sums, count):  # type: ignore[no-untyped-def]
+    """A float32 row as the activations of the weight whose words are at `reader`; `spare`: room for a row in another order."""
+    w = i64_at(reader)
+    if w[ORDER] != 0:
+        order, values, sorted_values = i32_at(w[ORDER]), f32_at(source), f32_at(spare)
+        for k in range(count):
+            sorted_values[k] = values[order[k]]
+        source = spare
+    put_row(w[MODE], source, target, sums, count // CHUNK)
+
+
+def merge_stage(params, stage, tid, n, reader):  # type: ignore[no-untyped-def]
+    """Splits added up; with a `reader` (a weight's words), ATTENDED -> X."""
     p = i64_at(params)
+    spare = p[_SCRATCH] + tid * p[_SCRATCH_BYTES]
     rows, width = p[_TOKENS], p[_HEADS] * p[_HEAD_DIM]
     done, chunk = 0, rows_at_once(rows, n)
     while True:
@@ -247,21 +267,38 @@ def merge_stage(params, stage, n, put):  # type: ignore[no-untyped-def]
         done += stop - begin
         for t in range(begin, stop):
             _merge_token(p, t)
-            if put:
+            if reader != 0:
                 x, sums = p[_X] + t * p[_X_STRIDE], p[_SUMS] + t * p[_SUMS_STRIDE]
-                put_row(p[_EXACT], p[_ATTENDED] + t * 4 * width, x, sums, width // CHUNK)
+                _put_for(reader, p[_ATTENDED] + t * 4 * width, spare, x, sums, width)
     finish(stage, done, rows)
 
 
-def gate_up_stage(params, stage, tid, n, tile_function, w, bias, chunks, tile_bytes):  # type: ignore[no-untyped-def]
-    """H = silu(gate) * up, 32 columns of up to ROW_BLOCK rows at a time; gate and up go no further than the scratch."""
+def quantize_stage(params, stage, n):  # type: ignore[no-untyped-def]
+    """H, float32 rows -> bytes where they were, and their scales."""
     p = i64_at(params)
-    tokens, exact = p[_TOKENS], p[_EXACT]
+    rows, columns = p[_TOKENS], p[_INTERMEDIATE] // CHUNK
+    done, chunk = 0, rows_at_once(rows, n)
+    while True:
+        begin = atomic_add(stage, chunk)
+        if begin >= rows:
+            break
+        stop = min(rows, begin + chunk)
+        done += stop - begin
+        for t in range(begin, stop):
+            h = p[_H] + t * p[_H_STRIDE]
+            put_row(BYTES, h, h, p[_H_SUMS] + t * p[_H_SUMS_STRIDE], columns)
+    finish(stage, done, rows)
+
+
+def gate_up_stage(params, stage, tid, n, tile_function, w, bias, chunks, tile_bytes, mode):  # type: ignore[no-untyped-def]
+    """H (as `mode` says) = silu(gate) * up, 32 columns of up to ROW_BLOCK rows at a time; gate and up go no further than the scratch."""
+    p = i64_at(params)
+    tokens = p[_TOKENS]
     up_tile = p[_INTERMEDIATE] // 16
     columns = p[_INTERMEDIATE] // CHUNK
     scratch = p[_SCRATCH] + tid * p[_SCRATCH_BYTES]
     product_row = scratch + ROW_BLOCK * 256
-    element = 4 if exact else 2
+    element = 4 if mode == WIDE_FLOAT else 2
     items, done = columns * ((tokens + ROW_BLOCK - 1) // ROW_BLOCK), 0
     least = 0 if tokens <= 32 else 1
     while True:
@@ -283,12 +320,12 @@ def gate_up_stage(params, stage, tid, n, tile_function, w, bias, chunks, tile_by
             for t in range(rows):
                 silu_vectors(scratch + 256 * t, scratch + 256 * t + 128, product_row, 2)
                 h = p[_H] + (first + t) * p[_H_STRIDE] + CHUNK * element * column
-                put_row(exact, product_row, h, p[_H_SUMS] + (first + t) * p[_H_SUMS_STRIDE] + 4 * column, 1)
+                put_row(mode, product_row, h, p[_H_SUMS] + (first + t) * p[_H_SUMS_STRIDE] + 4 * column, 1)
     finish(stage, done, items)
 
 
-def norm_stage(params, stage, tid, n, weight):  # type: ignore[no-untyped-def]
-    """X = rms_norm(RESIDUAL)."""
+def norm_stage(params, stage, tid, n, weight, reader):  # type: ignore[no-untyped-def]
+    """X = rms_norm(RESIDUAL), for the weight whose words are at `reader`."""
     p = i64_at(params)
     rows, hidden, eps = p[_TOKENS], p[_HIDDEN], np.float32(f64_at(params)[_EPS])
     scratch = p[_SCRATCH] + tid * p[_SCRATCH_BYTES]
@@ -301,7 +338,8 @@ def norm_stage(params, stage, tid, n, weight):  # type: ignore[no-untyped-def]
         done += stop - begin
         for t in range(begin, stop):
             norm_row(p[_RESIDUAL] + t * 4 * hidden, weight, scratch, hidden, eps)
-            put_row(p[_EXACT], scratch, p[_X] + t * p[_X_STRIDE], p[_SUMS] + t * p[_SUMS_STRIDE], hidden // CHUNK)
+            x, sums = p[_X] + t * p[_X_STRIDE], p[_SUMS] + t * p[_SUMS_STRIDE]
+            _put_for(reader, scratch, scratch + 4 * hidden, x, sums, hidden)
     finish(stage, done, rows)
 
 
@@ -314,17 +352,21 @@ def layers(stages, params, tid, n):  # type: ignore[no-untyped-def]
     for index in range(p[_NUM_LAYERS]):
         layer = p[_TABLE] + 8 * _L_COUNT * index
         w, pool = i64_at(layer), p[_POOL] + index * p[_POOL_LAYER_BYTES]
-        call_norm(p[_NORM_STAGE], params, stage, tid, n, w[_L_INPUT_NORM])
+        call_norm(p[_NORM_STAGE], params, stage, tid, n, w[_L_INPUT_NORM], layer + 8 * _L_QKV)
         _product(p, layer + 8 * _L_QKV, stage + 64, n, x, x_stride, sums, sums_stride, p[_QKV], p[_QKV_STRIDE], 0, tokens)
         call_rope_store(p[_ROPE_STORE], params, stage + 128, tid, n, pool, w[_L_Q_NORM], w[_L_K_NORM])
         call_attend(p[_ATTEND], params, stage + 192, tid, pool, w[_L_WINDOW])
-        call_merge(p[_MERGE], params, stage + 256, n, 1)
+        call_merge(p[_MERGE], params, stage + 256, tid, n, layer + 8 * _L_O)
         _product(p, layer + 8 * _L_O, stage + 320, n, x, x_stride, sums, sums_stride, p[_RESIDUAL], 4 * hidden, 1, tokens)
-        call_norm(p[_NORM_STAGE], params, stage + 384, tid, n, w[_L_POST_NORM])
-        gate = i64_at(layer + 8 * _L_GATE_UP)
-        call_gate_up(p[_GATE_UP], params, stage + 448, tid, n, gate[0], gate[1], gate[2], gate[4], gate[5])
+        call_norm(p[_NORM_STAGE], params, stage + 384, tid, n, w[_L_POST_NORM], layer + 8 * _L_GATE_UP)
+        gate, mode = i64_at(layer + 8 * _L_GATE_UP), i64_at(layer + 8 * _L_DOWN)[MODE]
+        # a row's scale is known when all of the row is
+        made = WIDE_FLOAT if mode == BYTES else mode
+        call_gate_up(p[_GATE_UP], params, stage + 448, tid, n, gate[0], gate[1], gate[2], gate[4], gate[5], made)
+        if mode == BYTES:
+            call_quantize(p[_QUANTIZE], params, stage + 512, n)
         _product(
-            p, layer + 8 * _L_DOWN, stage + 512, n, p[_H], p[_H_STRIDE], p[_H_SUMS], p[_H_SUMS_STRIDE], p[_RESIDUAL], 4 * hidden, 1, tokens
+            p, layer + 8 * _L_DOWN, stage + 576, n, p[_H], p[_H_STRIDE], p[_H_SUMS], p[_H_SUMS_STRIDE], p[_RESIDUAL], 4 * hidden, 1, tokens
         )
         stage += 64 * STAGES_OF_A_LAYER
     eps = np.float32(f64_at(params)[_EPS])
@@ -333,13 +375,13 @@ def layers(stages, params, tid, n):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _product(p, weight, stage, n, x, x_stride, sums, sums_stride, y, y_stride, add, rows):  # type: ignore[no-untyped-def]
-    """`weight`: address of its six words."""
+    """`weight`: address of its words."""
     w = i64_at(weight)
     call_product(p[_PRODUCT], stage, n, w[0], w[1], w[2], w[3], w[4], w[5], x, x_stride, sums, sums_stride, y, y_stride, add, rows)
 
 
 def linear(stages, params, tid, n):  # type: ignore[no-untyped-def]
-    """2 rows, 3 source, 4 its stride, 5 x, 6 stride, 7 sums, 8 stride, 9 y, 10 stride, 11 weight (6 words), 17 exact."""
+    """2 rows, 3 source, 4 its stride, 5 x, 6 stride, 7 sums, 8 stride, 9 y, 10 stride, 11 weight (8 words, of which 17 is MODE)."""
     p = i64_at(params)
     put_rows(stages, n, p[2], p[17], p[3], p[4], p[5], p[6], p[7], p[8], p[15])
     product(stages + 64, n, p[11], p[12], p[13], p[14], p[15], p[16], p[5], p[6], p[7], p[8], p[9], p[10], 0, p[2])
@@ -389,7 +431,7 @@ def attention(stages, params, tid, n):  # type: ignore[no-untyped-def]
     """One layer: QKV (its q) -> ATTENDED."""
     p = i64_at(params)
     call_attend(p[_ATTEND], params, stages, tid, p[_POOL], p[_WINDOW])
-    call_merge(p[_MERGE], params, stages + 64, n, 0)
+    call_merge(p[_MERGE], params, stages + 64, tid, n, 0)
 
 
 @njit("void(int64, int64, int64, int64)", nogil=True, cache=True)
@@ -413,6 +455,6 @@ def serve(ctrl, params, tid, n):  # type: ignore[no-untyped-def]
 
 # every function that is called by address
 JOBS = (
-    layers, norm_stage, product_stage, store_stage, attend_stage, merge_stage, gate_up_stage,
+    layers, norm_stage, product_stage, store_stage, attend_stage, merge_stage, gate_up_stage, quantize_stage,
     linear, norm, add_norm, silu_mul, embed, rope_store, attention,
 )  # fmt: skip

@@ -25,6 +25,7 @@ class Features:
 
     bf16_dot: bool  # vdpbf16ps, vpermw, vcvtneps2bf16
     half_convert: bool  # float16 -> float32 in hardware: scales are kept in 16 bits
+    int8_dot: bool  # vpdpbusd
     wide: bool  # 32 vector registers of 512 bits: larger register tiles
     x86: bool
 
@@ -39,6 +40,7 @@ def _features() -> Features:
         names = {name for name, present in llvm.get_host_cpu_features().items() if present}
     return Features(
         bf16_dot={"avx512f", "avx512bw", "avx512bf16"} <= names,
+        int8_dot={"avx512f", "avx512bw", "avx512vnni"} <= names,
         half_convert="f16c" in names or platform.machine() == "aarch64",
         wide="avx512f" in names,
         x86=platform.machine() in ("x86_64", "AMD64"),

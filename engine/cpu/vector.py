@@ -23,7 +23,7 @@ I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64
 F32, F16, PTR = ir.FloatType(), ir.HalfType(), ir.PointerType()
 V_F32, V_I32 = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 V_I16, V_F16, V_I8 = ir.VectorType(I16, LANES), ir.VectorType(F16, LANES), ir.VectorType(I8, LANES)
-V_I16X2 = ir.VectorType(I16, 2 * LANES)
+V_I16X2, V_I8X4 = ir.VectorType(I16, 2 * LANES), ir.VectorType(I8, 4 * LANES)
 
 
 class _BFloat(ir.types._BaseFloatType):
@@ -135,6 +135,11 @@ class Emit:
         for part in (self.low_half, self.high_half):
             acc = self.fma(part(pairs), part(x_pair), acc)
         return acc
+
+    def dot_bytes(self, acc: Value, unsigned: Value, signed: Value) -> Value:
+        """acc[lane] += sum of four products of a byte 0 .. 255 and one -128 .. 127, <16 x i32> all three; needs FEATURES.int8_dot."""
+        fn = self.function("llvm.x86.avx512.vpdpbusd.512", V_I32, [V_I32, V_I8X4, V_I8X4])
+        return self.b.call(fn, [acc, self.b.bitcast(unsigned, V_I8X4), self.b.bitcast(signed, V_I8X4)])
 
     def low_half(self, pairs: Value) -> Value:
         return self.b.bitcast(self.b.shl(pairs, self.ints(16)), V_F32)

@@ -42,14 +42,10 @@ class GraphTimer:
             call()
         self._device.synchronize()
         pool = self._device.graph_pool()
-        rounds = self._rounds(calls, pool)
+        _, once = self._device.capture(lambda: [call() for call in calls], pool)  # a pool lives as long as a graph that uses it
+        rounds = max(1, min(MOST_CALLS // len(calls), round(REPLAY_S / max(self._median(once, 3), 1e-7))))
         _, replay = self._device.capture(lambda: [call() for _ in range(rounds) for call in calls], pool)
         return self._median(replay) / (rounds * len(calls))
-
-    def _rounds(self, calls: Sequence[Call], pool: Any) -> int:
-        _, replay = self._device.capture(lambda: [call() for call in calls], pool)
-        once = self._median(replay, 3)
-        return max(1, min(MOST_CALLS // len(calls), round(REPLAY_S / max(once, 1e-7))))
 
     def _median(self, replay: Call, replays: int = 0) -> float:
         times = []

@@ -42,7 +42,7 @@ def measure_cuda(args: argparse.Namespace) -> dict[str, Any]:
     device = CudaDevice(args.card)
     library = Library(device, CACHE.absolute(), processes=usable_cores())
     timer = WallTimer(device) if args.toy else GraphTimer(device, args.repeats)
-    benches = [CudaBench(device, library, timer, shapes, args.dtype, args.out) for shapes in (TOYS if args.toy else (Shapes(),))]
+    benches = [CudaBench(device, library, timer, shapes, args.dtype, args.out, not args.no_peers) for shapes in (TOYS if args.toy else (Shapes(),))]
     if unknown := args.only - benches[0].parts().keys():
         raise ValueError(f"--only knows {', '.join(benches[0].parts())}, not {', '.join(sorted(unknown))}.")
     library.load(_all_variants(library, device, args.dtype, [bench.shapes for bench in benches]))  # together: in several processes
@@ -91,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     card.add_argument("--card", type=int, default=0)
     card.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     card.add_argument("--toy", action="store_true", help="small awkward shapes, each call once: is everything right? no speed")
+    card.add_argument("--no-peers", action="store_true", help="leave out the attention kernels of torch")
     card.add_argument("--out", type=Path, default=None, metavar="FILE", help="append each row as a JSON line when it is measured")
     alone = p.add_argument_group("compile only")
     alone.add_argument("--compile-only", action="store_true", help="registers, stack frames and spills; no GPU needed")

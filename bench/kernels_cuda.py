@@ -25,11 +25,12 @@ from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, Si
 from engine.cuda.kv_store import RopeStore
 from engine.cuda.launch import Library
 from engine.cuda.paged_attention import PagedDecode
+from engine.cuda.parts import SumParts
 from engine.cuda.prefill_attention import PrefillAttention
 from engine.cuda.sampling import GpuSampler
 from engine.cuda.tuning import dense_from, packed_bytes
 from engine.cuda.w4_layout import W4Device
-from engine.cuda.w4_matmul import W4Matmul, W4Scratch
+from engine.cuda.w4_matmul import W4Matmul
 from engine.cuda.w4_repack import W4Repack
 from engine.sampler import Sampler
 from engine.sequence import SamplingParams
@@ -88,7 +89,9 @@ TOYS = (
 class CudaBench:
     """One device, its ceilings, and the rows of the report. `out`: a file that gets each row as a JSON line when it is measured."""
 
-    def __init__(self, device: Any, library: Library, timer: Any, shapes: Shapes, dtype: str, out: Path | None = None) -> None:
+    def __init__(
+        self, device: Any, library: Library, timer: Any, shapes: Shapes, dtype: str, out: Path | None = None, peers_too: bool = True
+    ) -> None:
         self.device, self.library, self.timer, self.shapes, self.dtype = device, library, timer, shapes, dtype
         self.place = {"device": device.torch_device, "dtype": DTYPES[dtype]}
         self.rng = np.random.default_rng(0)
@@ -98,7 +101,7 @@ class CudaBench:
         self.read = self.flops = 0.0
         self.launch_us = 0.0
         self.w4_layer_us: dict[str, float] = {}
-        self._out = out
+        self._out, self._peers_too = out, peers_too
         self._heads = {"heads": shapes.heads, "kv_heads": shapes.kv_heads, "head_dim": shapes.head_dim}
 
     # -- helpers ----------------------------------------------------------------------------------------------------------
@@ -113,9 +116,11 @@ class CudaBench:
     def poisoned(self, *shape: int) -> torch.Tensor:
         return torch.full(shape, torch.nan, **self.place)
 
-    def measure(self, op: str, case: str, calls: Sequence[Call], *, nbytes: float = 0, flop: float = 0, **more: Any) -> float:
-        """Time the calls and keep a row; seconds of one."""
-        seconds = self.timer.seconds(calls)
+    def measure(
+        self, op: str, case: str, calls: Sequence[Call], *, nbytes: float = 0, flop: float = 0, less: float = 0, **more: Any
+    ) -> float:
+        """Time the calls and keep a row; seconds of one, `less` microseconds that do not belong to it."""
+        seconds = self.timer.seconds(calls) - less / 1e6
         memory, compute = nbytes / seconds / self.read, flop / seconds / self.flops
         bound, share = ("read", memory) if memory >= compute else ("dense", compute)
         row = {
@@ -192,7 +197,8 @@ class CudaBench:
             max_m=max(self.shapes.rows),
         )  # fmt: skip
         self.library.load(op.variants)
-        scratch = W4Scratch.zeros(op.scratch_floats, op.scratch_counters, self.device.torch_device)
+        summed = Summed(self.library, op, self.dtype, self.device.torch_device)
+        self.library.load(summed.variants)
         dense = product.dense()
         calls = [lambda p=p: product.repack.dequantize(p, dense[0]) for p in product.packed]
         error = relative_error(dense[0][product.columns], product.true_weight)
@@ -200,10 +206,10 @@ class CudaBench:
         for m in self.shapes.rows:
             x, out = self.random(m, k), self.poisoned(m, n)
             common = {"flop": 2.0 * m * n * k, "peer_us": peers.MARLIN.get(m, {}).get(name)}
-            op(x, product.packed[0], out, scratch)
+            summed(x, product.packed[0], out)
             ours[m] += self.measure(
-                "w4", f"{name} x {m}", [lambda p=p, x=x, out=out: op(x, p, out, scratch) for p in product.packed],
-                nbytes=product.nbytes + 2 * m * (n + k), error=product.error(x, out), **common,
+                "w4", f"{name} x {m}", [lambda p=p, x=x, out=out: summed(x, p, out) for p in product.packed],
+                nbytes=product.nbytes + 2 * m * (n + k), error=product.error(x, out), less=self.launch_us if summed.parted else 0.0, **common,
             )  # fmt: skip
             out.fill_(torch.nan)
             torch.mm(x, dense[0].T, out=out)
@@ -306,7 +312,7 @@ class CudaBench:
             "prompt attention", case, [lambda: op(q, pool, tables, tiles, most, out)], nbytes=kv_bytes + 2 * out.nbytes, flop=flop,
             error=max(errors),
         )  # fmt: skip
-        if self.device.torch_device.type == "cuda":
+        if self._peers_too and self.device.torch_device.type == "cuda":
             self._torch_attention(q, count, length, case, flop)
 
     def _torch_attention(self, q: torch.Tensor, count: int, length: int, case: str, flop: float) -> None:
@@ -441,6 +447,22 @@ class CudaBench:
             "products": self.products, "decode_attention": self.decode_attention, "prompt_attention": self.prompt_attention,
             "elementwise": self.elementwise, "sampling": self.sampling, "head": self.head,
         }  # fmt: skip
+
+
+class Summed:
+    """A 4-bit product and, where it comes in parts, their sum by a kernel of its own. In a step the next kernel reads the parts, so
+    that what this takes, less a launch, is what the product costs there."""
+
+    def __init__(self, library: Library, op: W4Matmul, dtype: str, place: torch.device) -> None:
+        self._op, self._sum = op, SumParts(library, dtype)
+        self._scratch = torch.full((max(1, op.scratch_floats),), torch.nan, device=place)
+        self.variants, self.parted = self._sum.variants, False
+
+    def __call__(self, x: torch.Tensor, weight: W4Device, out: torch.Tensor) -> None:
+        parts = self._op(x, weight, out, self._scratch)
+        self.parted = parts is not out
+        if self.parted:
+            self._sum(parts, out)
 
 
 class Product:

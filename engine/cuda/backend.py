@@ -107,6 +107,7 @@ class CudaBackend:
             hidden: "hidden", 2 * self._intermediate: "gate_up", self._heads * spec.head_dim + kv_width: "qkv",
         }  # fmt: skip
         self._linears = Linears(library, device, dtype, rows)
+        self._reduced = ranks.size > 1  # what has the width of the residual stream is summed over ranks
         self._state: State
         self._only_decode = False
 
@@ -192,14 +193,14 @@ class CudaBackend:
         return out
 
     def add_rms_norm(self, x: Array, residual: Array, weight: torch.Tensor, eps: float) -> tuple[Array, Array]:
-        out = self._buffers.get("normed", len(x))
+        out = self._buffers.get("normed", len(residual))
         self._add_rms_norm(x, residual, weight, out, eps)
         return out, residual
 
     def linear(self, x: Array, weight: Linear) -> Array:
+        """The output, or its parts, float32 [S, T, N], for the operation that reads it: one of the three below, not an all-reduce."""
         out = self._buffers.get(self._out[weight.n], len(x))
-        self._linears(x, weight, out)
-        return out
+        return self._linears(x, weight, out, whole=self._reduced and weight.n == self._spec.hidden_size)
 
     def logits(self, x: Array, weight: Linear) -> Array:
         out = self._logits.view(-1)[: len(x) * weight.n].view(len(x), weight.n)
@@ -207,10 +208,13 @@ class CudaBackend:
         return out
 
     def rope_store(self, qkv: Array, step: Step, kv: torch.Tensor, rope: Rope, q_norm: Any, k_norm: Any, spec: ModelSpec) -> Array:
+        parts = qkv if qkv.ndim == 3 else None
+        if parts is not None:
+            qkv = self._buffers.get("qkv", qkv.shape[1])
         self._rope_store(
-            qkv, kv, step.token_slots, step.positions, self._state.tables, rope.cos, rope.sin, q_norm, k_norm, spec.rms_norm_eps
+            qkv, kv, step.token_slots, step.positions, self._state.tables, rope.cos, rope.sin, q_norm, k_norm, spec.rms_norm_eps, parts
         )  # fmt: skip
-        return qkv  # q lies in front, rotated in place
+        return qkv  # q lies in front, rotated
 
     def attention(self, q: Array, step: Step, kv: torch.Tensor, window: int) -> Array:
         out = self._buffers.get("attended", len(q))
@@ -225,7 +229,7 @@ class CudaBackend:
         return out
 
     def silu_mul(self, gate_up: Array) -> Array:
-        out = self._buffers.get("gated", len(gate_up))
+        out = self._buffers.get("gated", gate_up.shape[-2])
         self._silu_mul(gate_up, out)
         return out
 

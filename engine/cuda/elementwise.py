@@ -18,7 +18,7 @@ Work split:
     silu_mul    one thread a vector of `out`
     copies      one thread block a row
 
-`AddRmsNorm` is exactly "add, then RmsNorm".
+`AddRmsNorm` is exactly "add, then RmsNorm". It and `SiluMul` also take what a product left in parts (`engine/cuda/parts.py`).
 Portable: float16 variants use no instruction that compute capability 7.5 lacks.
 
 Versions tried: none was measured yet; threads a row is a factory constant so that it can be.
@@ -32,17 +32,16 @@ import torch
 
 from engine.cuda import ptx
 from engine.cuda.launch import Kernel, Library, Variant
+from engine.cuda.parts import DTYPES, PACK, check_parts, part_adder, part_arguments
 from engine.cuda.target import cuda, pointer, types
 
 VECTOR = 8  # 16-bit numbers of a 128-bit access
 COPY_THREADS = 128
 MAX_HIDDEN = 16384
 LOG2E = 1.4426950408889634
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
 WORDS, INTS, FLOATS = pointer(u32), pointer(i32), pointer(f32)
-PACK = {"bfloat16": ptx.pack_bf16, "float16": ptx.pack_f16_portable}
 
 
 def norm_threads(hidden: int) -> int:
@@ -53,8 +52,8 @@ def norm_threads(hidden: int) -> int:
 # -- kernels --------------------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(hidden: int, dtype: str, add: bool, threads: int) -> Kernel:
-    """add: (x, residual, weight, out, eps), else (residual, weight, out, eps)."""
+def rms_norm(hidden: int, dtype: str, add: str, threads: int) -> Kernel:
+    """(residual, weight, out, eps); add "rows": (x, residual, weight, out, eps); "parts": (parts, how many, bytes of one, residual, ..)."""
     pack, low, high = PACK[dtype], ptx.LOW[dtype], ptx.HIGH[dtype]
     vectors = hidden // VECTOR
     rounds = -(-vectors // threads)  # vectors of a thread
@@ -64,6 +63,7 @@ def rms_norm(hidden: int, dtype: str, add: bool, threads: int) -> Kernel:
     lane_steps, warp_steps = (16, 8, 4, 2, 1), tuple(n for n in (16, 8, 4, 2, 1) if n < warps)
     inverse = f32(1.0 / hidden)
     row_bytes, zero = 2 * hidden, f32(0.0)
+    add_parts = part_adder(VECTOR)
 
     @cuda.jit(device=True, inline="always")
     def normalise(values: Any, weight: Any, out: Any, eps: Any, partial: Any) -> None:
@@ -127,8 +127,32 @@ def rms_norm(hidden: int, dtype: str, add: bool, threads: int) -> Kernel:
         load_wide(ptx.address(residual) + row + row, values)
         normalise(values, weight, ptx.address(out) + row, eps, partial)
 
-    def add_norm_kernel(x, residual, weight, out, eps):  # type: ignore[no-untyped-def]
+    @cuda.jit(device=True, inline="always")
+    def load_parts(row: Any, values: Any, parts: Any, stride: Any) -> None:
         thread = i32(cuda.threadIdx.x)
+        for r in range(rounds):
+            at = thread + i32(r * threads)
+            if whole or at < i32(vectors):
+                add_parts(values, 8 * r, row + u64(u32(at) * u32(32)), parts, stride)
+            else:
+                for i in range(VECTOR):
+                    values[8 * r + i] = zero
+
+    @cuda.jit(device=True, inline="always")
+    def store_wide(row: Any, values: Any) -> None:
+        thread = i32(cuda.threadIdx.x)
+        for r in range(rounds):
+            at = thread + i32(r * threads)
+            if whole or at < i32(vectors):
+                to = row + u64(u32(at) * u32(32))
+                for half in range(2):
+                    first = 8 * r + 4 * half
+                    ptx.store_128(
+                        to + u64(16 * half), ptx.bits_of_float(values[first]), ptx.bits_of_float(values[first + 1]),
+                        ptx.bits_of_float(values[first + 2]), ptx.bits_of_float(values[first + 3]),
+                    )  # fmt: skip
+
+    def add_norm_kernel(x, residual, weight, out, eps):  # type: ignore[no-untyped-def]
         row = u64(cuda.blockIdx.x) * u64(row_bytes)
         packed = cuda.local.array(words, u32)
         values = cuda.local.array(numbers, f32)
@@ -137,27 +161,33 @@ def rms_norm(hidden: int, dtype: str, add: bool, threads: int) -> Kernel:
         load_wide(ptx.address(residual) + row + row, values)
         for i in range(words):
             values[2 * i], values[2 * i + 1] = values[2 * i] + low(packed[i]), values[2 * i + 1] + high(packed[i])
-        for r in range(rounds):
-            at = thread + i32(r * threads)
-            if whole or at < i32(vectors):
-                to = ptx.address(residual) + row + row + u64(u32(at) * u32(32))
-                for half in range(2):
-                    first = 8 * r + 4 * half
-                    ptx.store_128(
-                        to + u64(16 * half), ptx.bits_of_float(values[first]), ptx.bits_of_float(values[first + 1]),
-                        ptx.bits_of_float(values[first + 2]), ptx.bits_of_float(values[first + 3]),
-                    )  # fmt: skip
+        store_wide(ptx.address(residual) + row + row, values)
         normalise(values, weight, ptx.address(out) + row, eps, partial)
 
-    if add:
+    def add_parts_kernel(parts, count, stride, residual, weight, out, eps):  # type: ignore[no-untyped-def]
+        row = u64(cuda.blockIdx.x) * u64(row_bytes)
+        values = cuda.local.array(numbers, f32)
+        added = cuda.local.array(numbers, f32)
+        partial = cuda.shared.array(32, f32)
+        load_wide(ptx.address(residual) + row + row, values)
+        load_parts(ptx.address(parts) + row + row, added, count, stride)
+        for i in range(numbers):
+            values[i] = values[i] + added[i]
+        store_wide(ptx.address(residual) + row + row, values)
+        normalise(values, weight, ptx.address(out) + row, eps, partial)
+
+    if add == "parts":
+        return Kernel(add_parts_kernel, (WORDS, u32, u64, WORDS, FLOATS, WORDS, f32), threads)
+    if add == "rows":
         return Kernel(add_norm_kernel, (WORDS, WORDS, FLOATS, WORDS, f32), threads)
     return Kernel(norm_kernel, (WORDS, FLOATS, WORDS, f32), threads)
 
 
-def silu_mul(intermediate: int, dtype: str, threads: int) -> Kernel:
-    """(gate_up, out, vectors of out)."""
+def silu_mul(intermediate: int, dtype: str, threads: int, parted: bool) -> Kernel:
+    """(gate_up, out, vectors of out); parted: (parts, how many, bytes of one, out, vectors of out)."""
     pack, low, high = PACK[dtype], ptx.LOW[dtype], ptx.HIGH[dtype]
     per_row, minus_log2e, one = intermediate // VECTOR, f32(-LOG2E), f32(1.0)
+    add_parts = part_adder(VECTOR)
 
     @cuda.jit(device=True, inline="always")
     def silu(x: Any) -> Any:
@@ -176,6 +206,20 @@ def silu_mul(intermediate: int, dtype: str, threads: int) -> Kernel:
             u0, u1, u2, u3 = ptx.load_constant_128(gate + u64(16 * per_row))
             ptx.store_128(ptx.address(out) + u64(at) * u64(16), both(g0, u0), both(g1, u1), both(g2, u2), both(g3, u3))
 
+    def parted_kernel(parts, number, stride, out, count):  # type: ignore[no-untyped-def]
+        at = u32(cuda.blockIdx.x) * u32(threads) + u32(cuda.threadIdx.x)
+        if at < u32(count):
+            row = at // u32(per_row)
+            gate = ptx.address(parts) + (u64(at) + u64(row) * u64(per_row)) * u64(32)
+            g, u = cuda.local.array(VECTOR, f32), cuda.local.array(VECTOR, f32)
+            add_parts(g, 0, gate, number, stride)
+            add_parts(u, 0, gate + u64(32 * per_row), number, stride)
+            for i in range(VECTOR):
+                g[i] = silu(g[i]) * u[i]
+            ptx.store_128(ptx.address(out) + u64(at) * u64(16), pack(g[0], g[1]), pack(g[2], g[3]), pack(g[4], g[5]), pack(g[6], g[7]))
+
+    if parted:
+        return Kernel(parted_kernel, (WORDS, u32, u64, WORDS, i32), threads)
     return Kernel(kernel, (WORDS, WORDS, i32), threads)
 
 
@@ -251,7 +295,7 @@ class RmsNorm:
     def __init__(self, library: Library, hidden: int, dtype: str, threads: int = 0) -> None:
         _check_width("hidden", hidden, MAX_HIDDEN)
         self._library, self._hidden, self._dtype = library, hidden, DTYPES[dtype]
-        self._variant = Variant(__name__, "rms_norm", (hidden, dtype, False, threads or norm_threads(hidden)))
+        self._variant = Variant(__name__, "rms_norm", (hidden, dtype, "", threads or norm_threads(hidden)))
         self.variants = (self._variant,)
 
     def __call__(self, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float) -> None:
@@ -263,38 +307,47 @@ class RmsNorm:
 
 class AddRmsNorm:
     """residual += x, out = rms_norm(residual) * weight. [T, hidden], x and out in the computing dtype, residual float32; weight
-    float32 [hidden]. `out` may be the memory of x.
+    float32 [hidden]. `out` may be the memory of x. x may be the parts of a product instead, float32 [S, T, hidden].
     """
 
     def __init__(self, library: Library, hidden: int, dtype: str, threads: int = 0) -> None:
         _check_width("hidden", hidden, MAX_HIDDEN)
         self._library, self._hidden, self._dtype = library, hidden, DTYPES[dtype]
-        self._variant = Variant(__name__, "rms_norm", (hidden, dtype, True, threads or norm_threads(hidden)))
-        self.variants = (self._variant,)
+        threads = threads or norm_threads(hidden)
+        self.variants = tuple(Variant(__name__, "rms_norm", (hidden, dtype, add, threads)) for add in ("rows", "parts"))
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float) -> None:
         check_rows("residual", residual, len(out), self._hidden, torch.float32)
-        for what, rows in (("x", x), ("out", out)):
-            check_rows(what, rows, len(out), self._hidden, self._dtype)
+        check_rows("out", out, len(out), self._hidden, self._dtype)
+        parted = x.ndim == 3
+        if parted:
+            check_parts("x", x, len(out), self._hidden)
+        else:
+            check_rows("x", x, len(out), self._hidden, self._dtype)
         if len(out):
-            self._library[self._variant](len(out), x, residual, weight, out, eps)
+            given = part_arguments(x) if parted else (x,)
+            self._library[self.variants[parted]](len(out), *given, residual, weight, out, eps)
 
 
 class SiluMul:
-    """out [T, I] = silu(gate) * up of gate_up [T, gate | up], in the computing dtype."""
+    """out [T, I] = silu(gate) * up of gate_up [T, gate | up], in the computing dtype, or of its parts, float32 [S, T, gate | up]."""
 
     def __init__(self, library: Library, intermediate: int, dtype: str, threads: int = 256) -> None:
         _check_width("the intermediate size", intermediate)
         self._library, self._intermediate, self._dtype, self._threads = library, intermediate, DTYPES[dtype], threads
-        self._variant = Variant(__name__, "silu_mul", (intermediate, dtype, threads))
-        self.variants = (self._variant,)
+        self.variants = tuple(Variant(__name__, "silu_mul", (intermediate, dtype, threads, parted)) for parted in (False, True))
 
     def __call__(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-        check_rows("gate_up", gate_up, len(out), 2 * self._intermediate, self._dtype)
+        parted = gate_up.ndim == 3
+        if parted:
+            check_parts("gate_up", gate_up, len(out), 2 * self._intermediate)
+        else:
+            check_rows("gate_up", gate_up, len(out), 2 * self._intermediate, self._dtype)
         check_rows("out", out, len(out), self._intermediate, self._dtype)
         vectors = len(out) * self._intermediate // VECTOR
         if vectors:
-            self._library[self._variant](-(-vectors // self._threads), gate_up, out, vectors)
+            given = part_arguments(gate_up) if parted else (gate_up,)
+            self._library[self.variants[parted]](-(-vectors // self._threads), *given, out, vectors)
 
 
 class Embed:

@@ -11,7 +11,7 @@ Layout: 16-bit numbers in the computing dtype unless said; a "word" is two of th
 
 Work split: one warp a head of a token; grid = T * ceil((heads + 2 kv_heads) / warps of a block). Lane l holds words
 l, l + 32, .. of a and of b (so it has both numbers of every pair it turns) and of the rest, as float32 in registers: qkv is
-read once and written once. A token's position and block are found by every warp for itself: two loads that the cache answers.
+read once (or its parts, `engine/cuda/parts.py`) and written once. A token's position and block are found by every warp for itself: two loads that the cache answers.
 
 The write into the pool is `store_words`, alone, so that a quantized pool is another such function.
 Portable: float16 variants use no instruction that compute capability 7.5 lacks.
@@ -29,6 +29,7 @@ import torch
 from engine.cuda import ptx
 from engine.cuda.elementwise import DTYPES, PACK
 from engine.cuda.launch import Kernel, Library, Variant
+from engine.cuda.parts import check_parts, part_adder, part_arguments
 from engine.cuda.target import cuda, pointer, types
 
 WARPS = 4
@@ -38,9 +39,11 @@ WORDS, INTS, FLOATS = pointer(u32), pointer(i32), pointer(f32)
 
 
 def rope_store(
-    heads: int, kv_heads: int, head_dim: int, rotary: int, block_seq_len: int, dtype: str, normed: bool, trained_length: int, warps: int
+    heads: int, kv_heads: int, head_dim: int, rotary: int, block_seq_len: int, dtype: str, normed: bool, trained_length: int, warps: int,
+    parted: bool,
 ) -> Kernel:
-    """(qkv, cos, sin, token_slots, positions, tables, entries of a slot, pool, q_norm, k_norm, eps); trained_length 0: no logn."""
+    """(qkv, cos, sin, token_slots, positions, tables, entries of a slot, pool, q_norm, k_norm, eps), after them, where `parted`,
+    (parts, how many, bytes of one); trained_length 0: no logn."""
     pack, low, high = PACK[dtype], ptx.LOW[dtype], ptx.HIGH[dtype]
     total_heads = heads + 2 * kv_heads
     groups = -(-total_heads // warps)  # thread blocks of a token
@@ -53,6 +56,7 @@ def rope_store(
     inverse_dim, one, zero = f32(1.0 / head_dim), f32(1.0), f32(0.0)
     per_octave = f32(1.0 / math.log2(trained_length)) if trained_length else f32(0.0)
     lane_steps = (16, 8, 4, 2, 1)
+    add_parts = part_adder(2)
 
     @cuda.jit(device=True, inline="always")
     def word_of(i: Any, lane: Any) -> Any:
@@ -73,6 +77,15 @@ def rope_store(
             if word < i32(all_words):
                 packed = ptx.load_32(head + u64(u32(word) * u32(4)))
             x[2 * i], x[2 * i + 1] = low(packed), high(packed)
+
+    @cuda.jit(device=True, inline="always")
+    def add_head(head: Any, x: Any, lane: Any, parts: Any, stride: Any) -> None:
+        """The same from the parts of a product: `head` is the address of the first one's floats."""
+        for i in range(held):
+            word = word_of(i, lane)
+            x[2 * i], x[2 * i + 1] = zero, zero
+            if word < i32(all_words):
+                add_parts(x, 2 * i, head + u64(u32(word) * u32(8)), parts, stride)
 
     @cuda.jit(device=True, inline="always")
     def store_words(to: Any, x: Any, lane: Any) -> None:
@@ -109,7 +122,8 @@ def rope_store(
                 x[2 * i], x[2 * i + 1] = a0 * cos0 - b0 * sin0, a1 * cos1 - b1 * sin1
                 x[2 * (i + turned)], x[2 * (i + turned) + 1] = b0 * cos0 + a0 * sin0, b1 * cos1 + a1 * sin1
 
-    def kernel(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps):  # type: ignore[no-untyped-def]
+    @cuda.jit(device=True, inline="always")
+    def work(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps, parts, count, part_bytes):  # type: ignore[no-untyped-def]
         thread, group = i32(cuda.threadIdx.x), i32(cuda.blockIdx.x)
         lane, token = thread & i32(31), i32(u32(group) // u32(groups))
         head = (group - token * i32(groups)) * i32(warps) + (thread >> i32(5))
@@ -118,7 +132,11 @@ def rope_store(
         x = cuda.local.array(numbers, f32)
         own = ptx.address(qkv) + u64(token) * u64(total_heads * head_bytes) + u64(u32(head) * u32(head_bytes))
         position = positions[token]
-        load_head(own, x, lane)
+        if parted:
+            floats = u64(token) * u64(2 * total_heads * head_bytes) + u64(u32(head) * u32(2 * head_bytes))
+            add_head(ptx.address(parts) + floats, x, lane, count, part_bytes)
+        else:
+            load_head(own, x, lane)
         if head < i32(heads + kv_heads):  # q or k
             if normed:
                 normalise(x, ptx.address(q_norm) if head < i32(heads) else ptx.address(k_norm), eps, lane)
@@ -139,7 +157,15 @@ def rope_store(
             to = ptx.address(pool) + u64(u32(block) * u32(2) + u32(of_v)) * u64(kv_bytes) + u64(place * u32(head_bytes))
             store_words(to, x, lane)
 
+    def kernel(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps):  # type: ignore[no-untyped-def]
+        work(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps, qkv, u32(0), u64(0))
+
+    def parted_kernel(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps, parts, count, part_bytes):  # type: ignore[no-untyped-def]
+        work(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps, parts, count, part_bytes)
+
     arguments = (WORDS, FLOATS, FLOATS, INTS, INTS, INTS, i32, WORDS, FLOATS, FLOATS, f32)
+    if parted:
+        return Kernel(parted_kernel, (*arguments, WORDS, u32, u64), 32 * warps)
     return Kernel(kernel, arguments, 32 * warps)
 
 
@@ -150,6 +176,8 @@ class RopeStore:
     is position `positions[t]` of batch slot `token_slots[t]` and goes to block `tables[slot, position // block_seq_len]`. cos, sin
     float32 [max_position, rotary_dim / 2]; q_norm, k_norm float32 [head_dim], None without `qk_norm`. `trained_length`: of logn
     scaling, 0 for none. k and v inside qkv are left as they were.
+
+    `parts` float32 [S, T, (heads + 2 kv_heads) * head_dim]: q, k and v are their sum, and of qkv only q is written.
     """
 
     def __init__(
@@ -179,8 +207,7 @@ class RopeStore:
         self._position = (2, kv_heads, block_seq_len, head_dim)
         self._groups = -(-(heads + 2 * kv_heads) // warps)
         constants = (heads, kv_heads, head_dim, rotary_dim, block_seq_len, dtype, qk_norm, trained_length, warps)
-        self._variant = Variant(__name__, "rope_store", constants)
-        self.variants = (self._variant,)
+        self.variants = tuple(Variant(__name__, "rope_store", (*constants, parted)) for parted in (False, True))
 
     def __call__(
         self,
@@ -194,6 +221,7 @@ class RopeStore:
         q_norm: torch.Tensor | None = None,
         k_norm: torch.Tensor | None = None,
         eps: float = 0.0,
+        parts: torch.Tensor | None = None,
     ) -> None:
         tokens = len(positions)
         if qkv.shape != (tokens, self._width) or qkv.dtype != self._dtype or not qkv.is_contiguous():
@@ -204,7 +232,10 @@ class RopeStore:
             raise ValueError(f"cos and sin are {tuple(cos.shape)} and {tuple(sin.shape)}, not [positions, {self._half}]")
         if (q_norm is None or k_norm is None) == self._qk_norm:
             raise ValueError("q_norm and k_norm belong to a model with qk_norm, and only to it")
+        if parts is not None:
+            check_parts("qkv's parts", parts, tokens, self._width)
         if tokens:
-            self._library[self._variant](
-                tokens * self._groups, qkv, cos, sin, token_slots, positions, tables, tables.stride(0), pool, q_norm, k_norm, eps
-            )
+            self._library[self.variants[parts is not None]](
+                tokens * self._groups, qkv, cos, sin, token_slots, positions, tables, tables.stride(0), pool, q_norm, k_norm, eps,
+                *(() if parts is None else part_arguments(parts)),
+            )  # fmt: skip

@@ -23,7 +23,8 @@ from engine.backend import Dense, Weight
 from engine.cuda.launch import Library, Variant
 from engine.cuda.tuning import dense_from
 from engine.cuda.w4_layout import W4Device
-from engine.cuda.w4_matmul import W4Matmul, W4Scratch
+from engine.cuda.parts import SumParts
+from engine.cuda.w4_matmul import W4Matmul
 from engine.cuda.w4_portable import W4Portable
 from engine.cuda.w4_repack import W4Repack
 from engine.errors import ModelError
@@ -59,7 +60,8 @@ class Linears:
         self._repacks: dict[tuple[int, str], W4Repack] = {}
         self._finite: list[torch.Tensor] = []  # of each upload: whether all its numbers are
         self._bad_scales = torch.zeros(1, dtype=torch.int32, device=device.torch_device)
-        self._scratch: W4Scratch
+        self._sum = SumParts(library, dtype)
+        self._scratch: torch.Tensor  # for the parts of a product
         self._moment: torch.Tensor  # where a packed weight is unpacked for one product
 
     # -- load -----------------------------------------------------------------------------------------------------------
@@ -147,10 +149,8 @@ class Linears:
         self._finite.clear()
         packed = [linear for linear in self._all if linear.packed is not None]
         products = [product for product in self._products.values() if isinstance(product, W4Matmul)]
-        self._scratch = W4Scratch.zeros(
-            max((p.scratch_floats for p in products), default=0), max((p.scratch_counters for p in products), default=0),
-            self._device.torch_device,
-        )  # fmt: skip
+        floats = max((product.scratch_floats for product in products), default=0)
+        self._scratch = torch.empty(max(1, floats), dtype=torch.float32, device=self._device.torch_device)
         self._device.give_back()
         if makes_dense_copy(config, sum(2 * linear.n * linear.k for linear in packed), self._device.memory()[0]):
             for linear in packed:
@@ -161,27 +161,36 @@ class Linears:
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        return tuple(variant for made in (*self._products.values(), *self._repacks.values()) for variant in made.variants)
+        made = (*self._products.values(), *self._repacks.values(), self._sum)
+        return tuple(variant for operation in made for variant in operation.variants)
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
-    def __call__(self, x: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
-        """out [rows, N] = x [rows, K] W^T + b, all in the computing dtype."""
+    def __call__(self, x: torch.Tensor, linear: Linear, out: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
+        """out [rows, N] = x [rows, K] W^T + b, all in the computing dtype. Returns out, or, unless `whole` is asked for, the parts
+        whose sum it would be (`engine/cuda/parts.py`), which stay until the next product."""
         if self._takes_packed(linear, len(x)):
             product = self._product(linear, self._dtype)
             if isinstance(product, W4Portable):
                 product(x, linear.packed, out, linear.bias)
-            else:
-                product(x, linear.packed, out, self._scratch, linear.bias)
+                return out
+            parts = product(x, linear.packed, out, self._scratch, linear.bias)
+            if parts is out or not whole:
+                return parts
+            self._sum(parts, out)
         elif linear.bias16 is None:
             torch.mm(x, self._dense(linear).T, out=out)
         else:
             torch.addmm(linear.bias16, x, self._dense(linear).T, out=out)
+        return out
 
     def float32(self, x: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
         """The same without bias into float32."""
         if self._takes_packed(linear, len(x)):
-            self._product(linear, "float32")(x, linear.packed, out, self._scratch)
+            product = self._product(linear, "float32")
+            parts = product(x, linear.packed, out, self._scratch)
+            if parts is not out:
+                torch.sum(parts, 0, out=out)
         else:
             self._device.matmul_f32(x, self._dense(linear), out)
 

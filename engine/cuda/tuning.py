@@ -21,6 +21,7 @@ WIDE = 8192  # output channels from which a shape is of the class "wide"
 MOST_SHARED = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227}  # KiB a thread block may have
 LEAST_SHARED = 99  # KiB, of a card not named above, cc 8.0 or newer
 MIN_STEPS = 2  # a split leaves every thread block at least so many steps
+MOST_SPLITS = 16
 
 # -- sizes of packed weights ------------------------------------------------------------------------------------------------------
 
@@ -50,8 +51,8 @@ class W4Launch:
 
     rows: activations a thread block serves (more rows, more thread blocks); tiles: 16-row weight tiles of a warp; warps_n x
     warps_k: warps side by side over output channels, and over input channels; stages: of the copy pipeline, one of them
-    computed; waves: thread blocks for each multiprocessor among which all work is cut evenly, 0: one for each block of output
-    channels, nothing to add up between thread blocks.
+    computed; waves: input channels are split over thread blocks until there are about so many for each multiprocessor, 0: they are
+    not split.
     """
 
     rows: int
@@ -81,16 +82,14 @@ class W4Launch:
 
 @dataclass(frozen=True, slots=True)
 class W4Shared:
-    """Byte offsets in a thread block's shared memory: a ring of stages (weights | pairs | x), sums of x, results to add up, a flag."""
+    """Byte offsets in a thread block's shared memory: a ring of stages (weights | pairs | x), sums of x; at the end, in their place,
+    results [warps_k, rows, block_n + 4] float32."""
 
     pairs_at: int
     x_at: int
     x_pitch: int  # bytes of a row of x; 64 more than its data, so that a quarter of a warp reads all 32 banks once
     stage: int
-    sums_at: int
-    sums: int  # bytes of one of two buffers
-    results_at: int
-    flag_at: int
+    sums: int  # bytes of one of two buffers, behind the ring
     total: int
 
     @classmethod
@@ -102,10 +101,8 @@ class W4Shared:
         x_pitch = launch.warps_k * chunks * CHUNK * 2 + 64
         stage = x_at + launch.rows * x_pitch
         sums = launch.warps_k * sum_spans(group) * columns * 4
-        results_at = launch.stages * stage + 2 * sums
-        results = launch.warps_k * launch.rows * (launch.block_n + 4) * 4 if launch.warps_k > 1 else 0
-        flag_at = results_at + results
-        return cls(pairs_at, x_at, x_pitch, stage, launch.stages * stage, sums, results_at, flag_at, flag_at + 16)
+        results = launch.warps_k * launch.rows * (launch.block_n + 4) * 4
+        return cls(pairs_at, x_at, x_pitch, stage, sums, max(launch.stages * stage + 2 * sums, results))
 
 
 def steps_of_span(group: int) -> int:
@@ -120,30 +117,25 @@ def sum_spans(group: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class W4Grid:
-    """Thread blocks of one product, and the scratch they need."""
+    """Thread blocks of one product: blocks of output channels, each `splits` times, by blocks of rows; floats of the parts it writes."""
 
-    blocks: int
-    row_blocks: int  # of M
-    partial_floats: int
-    counters: int
+    column_blocks: int
+    splits: int
+    row_blocks: int
+    part_floats: int
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        return (self.blocks, self.row_blocks, 1)
+        return (self.column_blocks * self.splits, self.row_blocks, 1)
 
 
 def w4_grid(launch: W4Launch, m: int, n: int, k: int, group: int, multiprocessors: int) -> W4Grid:
-    """How a product of m rows is cut. ValueError where its work cannot be counted in 31 bits."""
+    """How a product of m rows is cut."""
     row_blocks, column_blocks = -(-m // launch.rows), -(-n // launch.block_n)
     steps = -(-k // (launch.warps_k * (128 if group == 128 else CHUNK)))
-    total = column_blocks * steps
-    room = max(1, launch.waves * multiprocessors // row_blocks)
-    blocks = column_blocks if launch.waves == 0 else min(max(total // MIN_STEPS, column_blocks), room)
-    if total * (blocks + 1) >= 2**31:
-        raise ValueError(f"a product of {n} x {k} has {total} steps for {blocks} thread blocks: more than 31 bits can count")
-    whole = blocks == column_blocks
-    partial = 0 if whole else 2 * blocks * row_blocks * launch.rows * launch.block_n
-    return W4Grid(blocks, row_blocks, partial, 0 if whole else column_blocks * row_blocks)
+    room = launch.waves * multiprocessors // (row_blocks * column_blocks)
+    splits = max(1, min(room, steps // MIN_STEPS, MOST_SPLITS))
+    return W4Grid(column_blocks, splits, row_blocks, splits * m * n if splits > 1 else 0)
 
 
 def row_bucket(m: int) -> int:
@@ -158,7 +150,37 @@ def shape_class(m: int, n: int) -> str:
 
 # Key: (kernel, compute capability, "rows n k" of one shape or a shape class). Newest first; a date and the card at each row.
 TUNED: dict[tuple[str, tuple[int, int], str], W4Launch] = {
-    # no row has been measured yet
+    # classes: the row of a shape of the class that was never far from the best of its other shapes (2026-11-20, H200)
+    ("w4_matmul", (9, 0), "1 rows, narrow"): W4Launch(1, 2, 2, 2, 4, 3),
+    ("w4_matmul", (9, 0), "1 rows, wide"): W4Launch(1, 2, 7, 1, 4, 2),
+    ("w4_matmul", (9, 0), "8 rows, narrow"): W4Launch(8, 2, 4, 1, 4, 3),
+    ("w4_matmul", (9, 0), "8 rows, wide"): W4Launch(8, 2, 4, 1, 4, 4),
+    ("w4_matmul", (9, 0), "16 rows, narrow"): W4Launch(16, 2, 4, 2, 4, 1),
+    ("w4_matmul", (9, 0), "16 rows, wide"): W4Launch(16, 2, 8, 2, 4, 0),
+    ("w4_matmul", (9, 0), "32 rows, narrow"): W4Launch(32, 2, 4, 1, 3, 3),
+    ("w4_matmul", (9, 0), "32 rows, wide"): W4Launch(32, 4, 7, 1, 4, 1),
+    ("w4_matmul", (9, 0), "64 rows, narrow"): W4Launch(64, 2, 8, 1, 6, 1),
+    ("w4_matmul", (9, 0), "64 rows, wide"): W4Launch(64, 2, 8, 1, 6, 1),
+    ("w4_matmul", (9, 0), "1 4096 4096"): W4Launch(1, 1, 2, 8, 4, 0),  # 2026-11-20, H200, 6.35 us
+    ("w4_matmul", (9, 0), "1 4096 14336"): W4Launch(1, 2, 2, 4, 4, 2),  # 2026-11-20, H200, 13.32 us
+    ("w4_matmul", (9, 0), "1 6144 4096"): W4Launch(1, 2, 2, 2, 4, 3),  # 2026-11-20, H200, 8.15 us
+    ("w4_matmul", (9, 0), "1 28672 4096"): W4Launch(1, 2, 7, 1, 4, 2),  # 2026-11-20, H200, 22.12 us
+    ("w4_matmul", (9, 0), "8 4096 4096"): W4Launch(8, 1, 2, 8, 4, 0),  # 2026-11-20, H200, 6.78 us
+    ("w4_matmul", (9, 0), "8 4096 14336"): W4Launch(8, 2, 2, 2, 3, 4),  # 2026-11-20, H200, 13.63 us
+    ("w4_matmul", (9, 0), "8 6144 4096"): W4Launch(8, 2, 4, 1, 4, 3),  # 2026-11-20, H200, 8.37 us
+    ("w4_matmul", (9, 0), "8 28672 4096"): W4Launch(8, 2, 4, 1, 4, 4),  # 2026-11-20, H200, 22.62 us
+    ("w4_matmul", (9, 0), "16 4096 4096"): W4Launch(16, 2, 4, 2, 6, 1),  # 2026-11-20, H200, 7.66 us
+    ("w4_matmul", (9, 0), "16 4096 14336"): W4Launch(16, 2, 4, 4, 4, 1),  # 2026-11-20, H200, 15.18 us
+    ("w4_matmul", (9, 0), "16 6144 4096"): W4Launch(16, 3, 4, 2, 4, 1),  # 2026-11-20, H200, 9.31 us
+    ("w4_matmul", (9, 0), "16 28672 4096"): W4Launch(16, 2, 8, 2, 4, 0),  # 2026-11-20, H200, 26.29 us
+    ("w4_matmul", (9, 0), "32 4096 4096"): W4Launch(32, 2, 4, 2, 4, 1),  # 2026-11-20, H200, 9.60 us
+    ("w4_matmul", (9, 0), "32 4096 14336"): W4Launch(32, 2, 8, 1, 4, 1),  # 2026-11-20, H200, 21.10 us
+    ("w4_matmul", (9, 0), "32 6144 4096"): W4Launch(32, 2, 4, 1, 3, 3),  # 2026-11-20, H200, 12.55 us
+    ("w4_matmul", (9, 0), "32 28672 4096"): W4Launch(32, 4, 7, 1, 4, 1),  # 2026-11-20, H200, 37.22 us
+    ("w4_matmul", (9, 0), "64 4096 4096"): W4Launch(64, 2, 4, 2, 4, 1),  # 2026-11-20, H200, 13.71 us
+    ("w4_matmul", (9, 0), "64 4096 14336"): W4Launch(64, 2, 8, 1, 6, 1),  # 2026-11-20, H200, 32.32 us
+    ("w4_matmul", (9, 0), "64 6144 4096"): W4Launch(64, 2, 8, 1, 6, 1),  # 2026-11-20, H200, 19.45 us
+    ("w4_matmul", (9, 0), "64 28672 4096"): W4Launch(64, 2, 8, 1, 6, 0),  # 2026-11-20, H200, 62.39 us
 }
 
 # Estimates, not measured: a pipeline of about 50 to 100 KB a multiprocessor (bandwidth x latency is 25), two thread blocks
@@ -208,8 +230,8 @@ def w4_launch(cc: tuple[int, int], m: int, n: int, k: int) -> W4Launch:
 
 
 # From how many rows a dense 16-bit product is the faster one: (with a 16-bit copy that stays, through a scratch copy).
-# The first from kernels.md's cuBLAS figures against the goals of this kernel, the second counts 4.5 bytes moved a weight: estimates.
-DENSE_FROM: dict[tuple[int, int], tuple[int, int]] = {(9, 0): (96, 384)}
+# Elsewhere estimates: the first from cuBLAS figures against the goals of this kernel, the second counts 4.5 bytes moved a weight.
+DENSE_FROM: dict[tuple[int, int], tuple[int, int]] = {(9, 0): (33, 129)}  # 2026-11-20, H200
 DENSE_FROM_DEFAULT = (96, 384)
 
 
@@ -220,8 +242,8 @@ def dense_from(cc: tuple[int, int], resident: bool) -> int:
 
 @cache
 def _space(rows: int) -> tuple[W4Launch, ...]:
-    tiles = (1, 2) if rows >= 32 else (1, 2, 3, 4)
-    splits = [(n, k) for n in (1, 2, 4, 8) for k in (1, 2, 4, 8, 16) if n * k in (4, 8, 16) and (rows <= 16 or k <= 2)]
+    tiles = (1, 2, 4) if rows >= 32 else (1, 2, 3, 4)
+    splits = [(n, k) for n in (1, 2, 4, 7, 8) for k in (1, 2, 4, 8, 16) if n * k in (4, 7, 8, 14, 16) and (rows <= 16 or k <= 2)]
     return tuple(
         W4Launch(rows, t, n, k, stages, waves) for t in tiles for n, k in splits for stages in (3, 4, 6) for waves in (0, 1, 2, 3, 4)
     )

@@ -17,19 +17,18 @@ Work split:
                         K  ->  steps of warps_k units (a unit: 64 input channels, 128 for groups of 128)
         +---------------------------+---------------------------+--
       N | wn 0: wk 0 | wk 1 | ..    |                           |        a thread block computes block_n = 16 tiles warps_n
-        | wn 1: wk 0 | wk 1 | ..    |  next step                |        output channels of up to `rows` rows of x
-        +---------------------------+---------------------------+--
-        |     next block of output channels                            all steps of all blocks are numbered in this order
-        v                                                              and cut evenly: thread block i has steps i T / G ..
+        | wn 1: wk 0 | wk 1 | ..    |  next step                |        output channels of up to `rows` rows of x,
+        +---------------------------+---------------------------+--      over the steps s T / S .. (s + 1) T / S of all T: part s
+        |     next block of output channels                              of S (grid x: part, then block of channels; y: of rows)
+        v
 
-    A thread block's steps flow through a ring of `stages` in shared memory, filled by cp.async, also across blocks of output
-    channels: the stream of weights never pauses. One barrier a step:
+    Steps flow through a ring of `stages` in shared memory, filled by cp.async. One barrier a step:
 
         step i:   wait for copy i + 1 | barrier | copy i + stages - 1 | sums of x of step i + 1 | products of step i
 
-    At the end of its steps of a block of output channels the warps along K add up in shared memory. A block of output
-    channels that is cut between thread blocks is written to `partial`, and who arrives last (a counter, set back to 0) adds
-    up in the order of K: results do not depend on timing. Nobody waits for anybody.
+    At the end the warps along K add up in shared memory, in order. With S = 1 that is the output; else float32 parts [S, M, N] that
+    the next kernel adds up (`engine/cuda/parts.py`): no counter, no fence, nobody waits for anybody, and results do not depend
+    on timing.
 
 Versions tried (none measured on a card yet; instructions are of the PTX, a warp and chunk, bfloat16, groups of 128, counted by the
 emulator at 1 / 8 / 16 / 32 / 64 rows; at 4.37 TB/s an H200's warp schedulers have about 108 cycles a chunk):
@@ -63,7 +62,7 @@ HALVES, WORDS, FLOATS = pointer(types.uint16), pointer(u32), pointer(f32)
 
 
 def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tiles: int, warps_n: int, warps_k: int, stages: int) -> Kernel:
-    """(x, packed, pairs, bias or null, out, partial, counters, m, n, k, elements between rows of x, of out)."""
+    """(x, packed, pairs, bias or null, out, parts, m, n, k, elements between rows of x, of out)."""
     launch = W4Launch(rows, tiles, warps_n, warps_k, stages)
     shared_map = W4Shared.of(launch, group)
     warps, threads, block_n = warps_n * warps_k, launch.threads, launch.block_n
@@ -84,14 +83,14 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
     weights_of_warp, pairs_of_warp = tiles * chunks_of_unit * 512, tiles * groups_of_unit * 64
     pairs_at, x_at, x_pitch, stage = shared_map.pairs_at, shared_map.x_at, shared_map.x_pitch, shared_map.stage
     ring, sums = stages * stage, shared_map.sums
-    results_at, flag_at, pitch = shared_map.results_at, shared_map.flag_at, block_n + 4
+    pitch = block_n + 4
     copy_lanes = tiles * groups_of_unit * 4
     sum_items = warps_k * columns
     sum_rounds = -(-sum_items // warps)
     fragments = tiles * columns
     results, scales, weight_registers, x_registers = fragments * 4, tiles * groups_of_unit * 4, tiles * depth * 16, depth * 8
     ragged, few, whole_columns = group == 32, rows <= 8, rows >= 8
-    bf16, zero_form, wide_out, direct = dtype == "bfloat16", form == "zero", out_dtype == "float32", warps_k == 1
+    bf16, zero_form, wide_out = dtype == "bfloat16", form == "zero", out_dtype == "float32"
     if copy_lanes > 32 or stages < 3 or stages > 10:
         raise ValueError(f"{launch} cannot be compiled: at most 8 groups a warp and step, 3 to 10 stages")
 
@@ -99,7 +98,8 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
     offset = f32(16.0 if bf16 else 0.0)
     factor_low, factor_high = f32(1.0 if bf16 else 2.0**24), f32(1.0 if bf16 else 2.0**20)
     ones = u32(0x3F803F80 if bf16 else 0x3C003C00)
-    mma, half, low, high = ptx.MMA[dtype], ptx.HALF["float16" if wide_out else out_dtype], ptx.low_f16, ptx.high_f16
+    mma, low, high = ptx.MMA[dtype], ptx.low_f16, ptx.high_f16
+    half, pack = ptx.HALF["float16" if wide_out else out_dtype], ptx.PACK["float16" if wide_out else out_dtype]
     wait = ptx.COPY_WAIT[stages - 3]
 
     def unpack_chunk(index, a, at):  # type: ignore[no-untyped-def]
@@ -170,27 +170,13 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
                 ptx.store_shared_64(u32(to + u32(s * columns * 32)), ptx.bits_of_float(d0), ptx.bits_of_float(d1))
 
     @cuda.jit(device=True, inline="always")
-    def write(value, bias, out, place, column):  # type: ignore[no-untyped-def]
-        if ptx.address(bias) != u64(0):
-            value = f32(value + bias[column])
-        if wide_out:
+    def write(value, out, parts, whole, place):  # type: ignore[no-untyped-def]
+        if not whole:
+            parts[place] = value
+        elif wide_out:
             out[place] = value
         else:
             out[place] = half(value)
-
-    def write_fragment(index, acc, bias, out, partial, partial_at, whole, out_row, live, first_column, n, out_stride, g, t):  # type: ignore[no-untyped-def]
-        """A C fragment of a warp that has all of K: to out, or to partial."""
-        column, j = i32(index // tiles), i32(index % tiles)
-        for e in range(4):
-            m, r = u32(u32(t * u32(2)) + u32(column * 8 + e % 2)), u32(g + u32(j * 16 + e // 2 * 8))
-            if m < live:
-                if not whole:
-                    partial[u64(partial_at + u64(u32(u32(m * u32(block_n)) + r)))] = acc[(j * columns + column) * 4 + e]
-                elif u32(first_column + r) < n:
-                    value = acc[(j * columns + column) * 4 + e]
-                    place = u64(out_row + u64(m) * u64(out_stride) + u64(u32(first_column + r)))
-                    write(value, bias, out, place, u32(first_column + r))
-            acc[(j * columns + column) * 4 + e] = zero
 
     def put_fragment(index, acc, at, g, t):  # type: ignore[no-untyped-def]
         """A C fragment to shared memory, [row of x][output channel]: no two lanes of a store in one bank."""
@@ -200,33 +186,31 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
             if whole_columns or m < u32(rows):
                 to = u32(at + u32(u32(u32(m * u32(pitch)) + g) + u32(j * 16 + e // 2 * 8)) * u32(4))
                 ptx.store_shared_f32(to, acc[(j * columns + column) * 4 + e])
-            acc[(j * columns + column) * 4 + e] = zero
 
     unpack, multiply = ptx.unrolled(tiles * depth, unpack_chunk), ptx.unrolled(fragments, multiply_fragment)
-    write_all, put_all = ptx.unrolled(fragments, write_fragment), ptx.unrolled(fragments, put_fragment)
+    put_all = ptx.unrolled(fragments, put_fragment)
 
-    def kernel(x, packed, pairs, bias, out, partial, counters, m_rows, n, k, x_stride, out_stride):  # type: ignore[no-untyped-def]
+    def kernel(x, packed, pairs, bias, out, parts, m_rows, n, k, x_stride, out_stride):  # type: ignore[no-untyped-def]
         thread = u32(cuda.threadIdx.x)
         lane, warp = u32(thread & u32(31)), u32(thread >> u32(5))
         wn, wk = u32(warp // u32(warps_k)), u32(warp % u32(warps_k))
         g, t = u32(lane >> u32(2)), u32(lane & u32(3))
         shared = ptx.to_shared(ptx.generic_address(cuda.shared.array(0, u32)))
 
-        # the cut: thread block i has steps i T / G .. (i + 1) T / G - 1 of all T
+        # the cut
         chunks = u32(u32(k + u32(63)) >> u32(6))
         steps = u32(u32(chunks + u32(step_chunks - 1)) // u32(step_chunks))
         own_steps = u32(
             u32(chunks + u32(u32(step_chunks - 1) - u32(wk * u32(chunks_of_unit)))) // u32(step_chunks)
         )  # with a unit of this warp
         last_tile = u32(u32(u32(n + u32(15)) >> u32(4)) - u32(1))
-        blocks, block = u32(cuda.gridDim.x), u32(cuda.blockIdx.x)
-        total = u32(u32(u32(n + u32(block_n - 1)) // u32(block_n)) * steps)
-        first = u32(u32(block * total) // blocks)
-        count = i32(u32(u32(u32(block + u32(1)) * total) // blocks) - first)
-        row_blocks, row_block = u32(cuda.gridDim.y), u32(cuda.blockIdx.y)
-        first_row = u32(row_block * u32(rows))
+        column_blocks = u32(u32(n + u32(block_n - 1)) // u32(block_n))
+        splits, split = u32(u32(cuda.gridDim.x) // column_blocks), u32(u32(cuda.blockIdx.x) // column_blocks)
+        nb = u32(u32(cuda.blockIdx.x) - u32(split * column_blocks))
+        first = u32(u32(split * steps) // splits)
+        count = i32(u32(u32(u32(split + u32(1)) * steps) // splits) - first)
+        first_row = u32(u32(cuda.blockIdx.y) * u32(rows))
         live = u32(min(u32(m_rows - first_row), u32(rows)))
-        out_row = u64(u64(first_row) * u64(out_stride))
 
         # x of a stage is copied by `passes` passes of all threads, a 16-byte piece each: always the same channels of a step
         x_row, x_piece = u32(thread // u32(pieces)), u32(thread % u32(pieces))
@@ -253,8 +237,7 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
         w_from = cuda.local.array(tiles, u64)  # what is copied next
 
         # three places in the order of steps: what is copied, whose x is summed, what is multiplied
-        nb, ks = u32(first // steps), u32(first % steps)
-        ks_copy, ks_sum = ks, ks
+        ks, ks_copy, ks_sum = first, first, first
         pair_tile, pair_piece = u32(lane // u32(4 * groups_of_unit)), u32(lane % u32(4 * groups_of_unit))
         groups = u32(u32(chunks // u32(chunks_of_unit)) * u32(groups_of_unit))
         tile = u32(u32(nb * u32(warps_n) + wn) * u32(tiles))
@@ -295,20 +278,10 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
                                 ptx.store_shared_128(to, u32(0), u32(0), u32(0), u32(0))
                         source = u64(source + x_bytes * u64(rows_of_pass))
                 ks_copy = u32(ks_copy + u32(1))
-                if ks_copy == steps:
-                    ks_copy = u32(0)
-                    tile = u32(tile + u32(warps_n * tiles))
-                    for j in range(tiles):
-                        at = u32(u32(u32(min(u32(tile + u32(j)), last_tile)) * chunks) + u32(wk * u32(chunks_of_unit)))
-                        w_from[j] = u64(ptx.address(packed) + u64(at) * u64(512) + u64(u32(lane * u32(16))))
-                    at = u32(u32(u32(min(u32(tile + pair_tile), last_tile)) * groups) + u32(wk * u32(groups_of_unit)))
-                    s_from = u64(ptx.address(pairs) + u64(at) * u64(64) + u64(u32(pair_piece * u32(16))))
-                    x_from, x_k = x_begin, u32(x_piece * u32(8))
-                else:
-                    for j in range(tiles):
-                        w_from[j] = u64(w_from[j] + u64(step_chunks * 512))
-                    s_from = u64(s_from + u64(warps_k * groups_of_unit * 64))
-                    x_from, x_k = u64(x_from + u64(step_k * 2)), u32(x_k + u32(step_k))
+                for j in range(tiles):
+                    w_from[j] = u64(w_from[j] + u64(step_chunks * 512))
+                s_from = u64(s_from + u64(warps_k * groups_of_unit * 64))
+                x_from, x_k = u64(x_from + u64(step_k * 2)), u32(x_k + u32(step_k))
             ptx.copy_commit()
 
             slot = u32(here + u32(stage)) if here < u32(ring - stage) else u32(0)
@@ -324,8 +297,6 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
                             from_ = u32(shared + slot + u32(x_at) + from_ + u32(of * u32(unit * 2)) + u32(t * u32(16)))
                             sum_x(from_, u32(to + u32(u32(u32(of * u32(spans * columns)) + column) * u32(32))), g == u32(0))
                 ks_sum = u32(ks_sum + u32(1))
-                if ks_sum == steps:
-                    ks_sum = u32(0)
 
             if it >= i32(0):
                 if ks < own_steps:
@@ -340,70 +311,60 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
                         unpack(a, u32(weights_from + u32(c * 512)))
                         multiply(acc, part, a, b, scale, u32(from_ + u32(c * 128)), sums_from, begins, ends)
                 ks = u32(ks + u32(1))
-                if ks == steps or it == i32(count - i32(1)):
-                    start = u32(nb * steps)
-                    begin = u32(u32(u32(start + u32(1)) * blocks - u32(1)) // total)  # first and last thread block of these channels
-                    end = u32(u32(u32(start + steps) * blocks - u32(1)) // total)
-                    own = u32(block * u32(2)) if first >= start else u32(u32(block * u32(2)) + u32(1))
-                    own = u32(u32(u32(own * row_blocks) + row_block) * u32(rows))
-                    if direct:
-                        column = u32(u32(nb * u32(block_n)) + u32(wn * u32(tiles * 16)))
-                        place = u64(u64(own) * u64(block_n) + u64(u32(wn * u32(tiles * 16))))
-                        write_all(acc, bias, out, partial, place, begin == end, out_row, live, column, n, out_stride, g, t)
-                    else:
-                        from_ = u32(shared + u32(results_at))
-                        put_all(acc, u32(from_ + u32(u32(wk * u32(rows * pitch)) + u32(wn * u32(tiles * 16))) * u32(4)), g, t)
-                        cuda.syncthreads()
-                        m = warp
-                        while m < live:
-                            r = lane
-                            while r < u32(block_n):
-                                value, at = zero, u32(from_ + u32(u32(m * u32(pitch)) + r) * u32(4))
-                                for w in range(warps_k):
-                                    value = f32(value + ptx.load_shared_f32(u32(at + u32(w * rows * pitch * 4))))
-                                column = u32(u32(nb * u32(block_n)) + r)
-                                if begin != end:
-                                    partial[u64(u64(u32(own + m)) * u64(block_n) + u64(r))] = value
-                                elif column < n:
-                                    write(value, bias, out, u64(out_row + u64(m) * u64(out_stride) + u64(column)), column)
-                                r = u32(r + u32(32))
-                            m = u32(m + u32(warps))
-                    if begin != end:
-                        ptx.fence_device()
-                        cuda.syncthreads()
-                        counter = u64(ptx.address(counters) + u64(u32(u32(nb * row_blocks) + row_block)) * u64(4))
-                        if thread == u32(0):
-                            ptx.store_shared_32(u32(shared + u32(flag_at)), ptx.add_counter(counter, u32(1)))
-                        cuda.syncthreads()
-                        if ptx.load_shared_32(u32(shared + u32(flag_at))) == u32(end - begin):
-                            ptx.fence_device()
-                            if thread == u32(0):
-                                ptx.store_32(counter, u32(0))
-                            m = warp
-                            while m < live:
-                                r = lane
-                                while r < u32(block_n):
-                                    column = u32(u32(nb * u32(block_n)) + r)
-                                    if column < n:
-                                        value, who = zero, begin
-                                        while who <= end:
-                                            own = u32(who * u32(2))
-                                            if u32(u32(who * total) // blocks) < start:
-                                                own = u32(own + u32(1))
-                                            own = u32(u32(u32(u32(own * row_blocks) + row_block) * u32(rows)) + m)
-                                            place = u64(u64(own) * u64(block_n) + u64(r))
-                                            word = ptx.load_32(u64(ptx.address(partial) + place * u64(4)))
-                                            value = f32(value + ptx.float_of_bits(word))
-                                            who = u32(who + u32(1))
-                                        write(value, bias, out, u64(out_row + u64(m) * u64(out_stride) + u64(column)), column)
-                                    r = u32(r + u32(32))
-                                m = u32(m + u32(warps))
-                if ks == steps:
-                    ks, nb = u32(0), u32(nb + u32(1))
             here = u32(here + u32(stage)) if here < u32(ring - stage) else u32(0)
             it = i32(it + i32(1))
 
-    arguments = (HALVES, WORDS, WORDS, FLOATS, FLOATS if wide_out else HALVES, FLOATS, WORDS, u32, u32, u32, u32, u32)
+        cuda.syncthreads()  # the ring is free: results take its place
+        from_ = u32(shared + u32(u32(wk * u32(rows * pitch)) + u32(wn * u32(tiles * 16))) * u32(4))
+        put_all(acc, from_, g, t)
+        cuda.syncthreads()
+        whole = splits == u32(1)
+        biased = ptx.address(bias) != u64(0) and split == u32(0)
+        stride = out_stride if whole else n
+        out_row = u64(u64(first_row) * u64(stride))
+        if not whole:
+            out_row = u64(u64(u32(u32(split * m_rows) + first_row)) * u64(n))
+        fours = u32(u32(n | stride) & u32(3)) == u32(0)
+        m = warp
+        while m < live:
+            r = u32(lane * u32(4))
+            while r < u32(block_n):
+                column = u32(u32(nb * u32(block_n)) + r)
+                v0, v1, v2, v3 = zero, zero, zero, zero
+                at = u32(shared + u32(u32(u32(m * u32(pitch)) + r) * u32(4)))
+                for w in range(warps_k):
+                    v = ptx.load_shared_128(u32(at + u32(w * rows * pitch * 4)))
+                    v0, v1 = f32(v0 + ptx.float_of_bits(v[0])), f32(v1 + ptx.float_of_bits(v[1]))
+                    v2, v3 = f32(v2 + ptx.float_of_bits(v[2])), f32(v3 + ptx.float_of_bits(v[3]))
+                if biased:
+                    if column < n:
+                        v0 = f32(v0 + bias[column])
+                    if u32(column + u32(1)) < n:
+                        v1 = f32(v1 + bias[u32(column + u32(1))])
+                    if u32(column + u32(2)) < n:
+                        v2 = f32(v2 + bias[u32(column + u32(2))])
+                    if u32(column + u32(3)) < n:
+                        v3 = f32(v3 + bias[u32(column + u32(3))])
+                place = u64(out_row + u64(m) * u64(stride) + u64(column))
+                if fours and column < n:
+                    if not whole or wide_out:
+                        to = u64((ptx.address(out) if whole else ptx.address(parts)) + place * u64(4))
+                        b0, b1, b2, b3 = ptx.bits_of_float(v0), ptx.bits_of_float(v1), ptx.bits_of_float(v2), ptx.bits_of_float(v3)
+                        ptx.store_128(to, b0, b1, b2, b3)
+                    else:
+                        ptx.store_64(u64(ptx.address(out) + place * u64(2)), pack(v0, v1), pack(v2, v3))
+                elif column < n:
+                    write(v0, out, parts, whole, place)
+                    if u32(column + u32(1)) < n:
+                        write(v1, out, parts, whole, u64(place + u64(1)))
+                    if u32(column + u32(2)) < n:
+                        write(v2, out, parts, whole, u64(place + u64(2)))
+                    if u32(column + u32(3)) < n:
+                        write(v3, out, parts, whole, u64(place + u64(3)))
+                r = u32(r + u32(128))
+            m = u32(m + u32(warps))
+
+    arguments = (HALVES, WORDS, WORDS, FLOATS, FLOATS if wide_out else HALVES, FLOATS, u32, u32, u32, u32, u32)
     # registers for so many threads at a time: 80 each where 768, 128 where 512, all 255 where 256
     resident = 256 if rows > 16 or tiles > 2 else 768 if rows == 1 else 512
     return Kernel(kernel, arguments, threads, shared_map.total, min_blocks=max(1, resident // threads))
@@ -412,28 +373,12 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
 # -- launcher ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class W4Scratch:
-    """What products that are cut between thread blocks write in passing; one serves all products of a stream.
-
-    partial float32 [at least `W4Matmul.scratch_floats`], counters int32 [at least `scratch_counters`], zero before the first launch
-    and after each.
-    """
-
-    partial: torch.Tensor
-    counters: torch.Tensor
-
-    @classmethod
-    def zeros(cls, floats: int, counters: int, device: torch.device | str) -> W4Scratch:
-        return cls(
-            torch.zeros(max(1, floats), dtype=torch.float32, device=device), torch.zeros(max(1, counters), dtype=torch.int32, device=device)
-        )
-
-
 class W4Matmul:
     """out = x @ w.T + bias (engine.reference.linear). x [M, k] in `dtype`, out [M, n] in `out_dtype`, bias float32 [n]; 1 <= M <= max_m.
 
-    How it is launched comes from the tuning table, by M; `launch` is used for every M instead where it is given.
+    How it is launched comes from the tuning table, by M; `launch` is used for every M instead where it is given. A call returns
+    `out`, or, where the input channels are split, float32 parts [S, M, n] in `scratch` (float32, at least `scratch_floats`): their
+    sum is the output, and out is not written.
     """
 
     def __init__(
@@ -461,9 +406,8 @@ class W4Matmul:
         self._variants = {rows: self._variant(chosen) for rows, chosen in self._launches.items()}
         self.variants = tuple(dict.fromkeys(self._variants.values()))
         grids = [self._grid(m) for m in {*buckets, *range(ROW_BUCKETS[-1], max_m, ROW_BUCKETS[-1]), max_m}]
-        self.scratch_floats = max(grid.partial_floats for grid in grids)
-        self.scratch_counters = max(grid.counters for grid in grids)
-        self._ready: dict[int, tuple[Any, tuple[int, int, int]]] = {}
+        self.scratch_floats = max(grid.part_floats for grid in grids)
+        self._ready: dict[int, tuple[Any, W4Grid]] = {}
 
     def _variant(self, launch: W4Launch) -> Variant:
         return Variant(__name__, "w4_matmul", (self.group, self.form, self.dtype, self.out_dtype, *launch.constants))
@@ -471,29 +415,31 @@ class W4Matmul:
     def _grid(self, m: int) -> W4Grid:
         return w4_grid(self._launches[row_bucket(m)], m, self.n, self.k, self.group, self._multiprocessors)
 
-    def __call__(self, x: torch.Tensor, weight: W4Device, out: torch.Tensor, scratch: W4Scratch, bias: torch.Tensor | None = None) -> None:
+    def __call__(
+        self, x: torch.Tensor, weight: W4Device, out: torch.Tensor, scratch: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         m = x.shape[0]
         if m not in self._ready:
             self._ready[m] = self._prepare(m)
         launcher, grid = self._ready[m]
         self._check(x, weight, out, scratch, bias)
-        sizes = (m, self.n, self.k, x.stride(0), out.stride(0))
-        launcher(grid, x, weight.packed, weight.pairs, bias, out, scratch.partial, scratch.counters, *sizes)
+        launcher(grid.grid, x, weight.packed, weight.pairs, bias, out, scratch, m, self.n, self.k, x.stride(0), out.stride(0))
+        return out if grid.splits == 1 else scratch[: grid.part_floats].view(grid.splits, m, self.n)
 
-    def _prepare(self, m: int) -> tuple[Any, tuple[int, int, int]]:
+    def _prepare(self, m: int) -> tuple[Any, W4Grid]:
         if not 1 <= m <= self.max_m:
             raise ValueError(f"this product was made for 1 to {self.max_m} rows, {m} were given")
-        return self._library[self._variants[row_bucket(m)]], self._grid(m).grid
+        return self._library[self._variants[row_bucket(m)]], self._grid(m)
 
-    def _check(self, x: torch.Tensor, weight: W4Device, out: torch.Tensor, scratch: W4Scratch, bias: torch.Tensor | None) -> None:
+    def _check(self, x: torch.Tensor, weight: W4Device, out: torch.Tensor, scratch: torch.Tensor, bias: torch.Tensor | None) -> None:
         made = (weight.n, weight.k, weight.group, weight.form, weight.dtype)
         if made != (self.n, self.k, self.group, self.form, self.dtype):
             raise ValueError(f"a weight {made} does not fit a product made for {(self.n, self.k, self.group, self.form, self.dtype)}")
         if x.shape[1] != self.k or x.dtype != DTYPES[self.dtype] or x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
             raise ValueError(f"x must be {self.dtype} [M, {self.k}], rows 16 bytes aligned; it is {x.dtype} {tuple(x.shape)} {x.stride()}")
-        if out.shape != (len(x), self.n) or out.dtype != DTYPES[self.out_dtype] or out.stride(1) != 1:
-            raise ValueError(f"out must be {self.out_dtype} [{len(x)}, {self.n}]; it is {out.dtype} {tuple(out.shape)}")
-        if scratch.partial.numel() < self.scratch_floats or scratch.counters.numel() < self.scratch_counters:
-            raise ValueError(f"this product needs {self.scratch_floats} floats and {self.scratch_counters} counters of scratch")
+        if out.shape != (len(x), self.n) or out.dtype != DTYPES[self.out_dtype] or out.stride(1) != 1 or out.data_ptr() % 16:
+            raise ValueError(f"out must be {self.out_dtype} [{len(x)}, {self.n}], 16 bytes aligned; it is {out.dtype} {tuple(out.shape)}")
+        if scratch.numel() < self.scratch_floats or scratch.dtype != torch.float32:
+            raise ValueError(f"this product needs {self.scratch_floats} floats of scratch; {scratch.numel()} {scratch.dtype} were given")
         if bias is not None and (bias.shape != (self.n,) or bias.dtype != torch.float32):
             raise ValueError(f"bias must be float32 [{self.n}]; it is {bias.dtype} {tuple(bias.shape)}")

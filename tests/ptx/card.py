@@ -32,6 +32,7 @@ def on_card(emulated: type) -> type:
 
         def load(self, image: bytes, entry: str, kernel: Kernel) -> Callable[..., None]:
             real = _real()
+            torch.cuda.set_device(real.torch_device)  # the driver's context, in the thread that calls
             cubin, _ = assemble(image.decode(), real.cc, kernel.suffix)
             launch = real.load(cubin, entry, kernel)
             return mirrored(launch, entry, kernel, real, self.launches)

@@ -66,6 +66,26 @@ def test_norms(library, rows, hidden, name):
     assert torch.equal(x, added)
 
 
+@pytest.mark.parametrize("parts", [1, 3, 5])
+@pytest.mark.parametrize("rows, hidden, name", [(2, 104, HALF), (3, 576, BRAIN), (1, 5128, HALF)])
+def test_norm_and_silu_of_parts_are_those_of_their_sum(library, parts, rows, hidden, name):
+    """x as a sum of parts that float32 adds without rounding."""
+    dtype, rng = DTYPES[name], np.random.default_rng(hidden + parts)
+    x, residual = random(rng, rows, hidden, dtype=dtype), random(rng, rows, hidden, dtype=torch.float32)
+    weight = torch.from_numpy(rng.standard_normal(hidden).astype(np.float32))
+    shares = torch.tensor([0.5 ** (i + 1) for i in range(parts - 1)] + [0.5 ** (parts - 1)])[:, None, None]
+    stream, out, gated, wanted = residual.clone(), *(blank(rows, hidden, dtype=dtype) for _ in range(3))
+    norm = AddRmsNorm(library, hidden, name)
+    norm(x, residual, weight, wanted, EPS)
+    norm((shares * x.float()).contiguous(), stream, weight, out, EPS)
+    assert torch.equal(stream, residual) and torch.equal(out, wanted)
+    wide = random(rng, rows, 2 * hidden, dtype=dtype)
+    silu = SiluMul(library, hidden, name)
+    silu(wide, wanted)
+    silu((shares * wide.float()).contiguous(), gated)
+    assert torch.equal(gated, wanted)
+
+
 @pytest.mark.parametrize("threads", [32, 160])
 def test_any_number_of_threads_gives_the_norm(library, threads):
     rng = np.random.default_rng(threads)
@@ -166,14 +186,18 @@ def test_wrong_shapes_are_refused(library):
         RmsNorm(library, 64, "float16")(good.bfloat16(), torch.ones(64), good, EPS)
     with pytest.raises(ValueError, match="gate_up is"):
         SiluMul(library, 64, "float16")(good, good)
+    with pytest.raises(ValueError, match="gate_up is"):
+        SiluMul(library, 64, "float16")(torch.zeros(3, 2, 64), good)
+    with pytest.raises(ValueError, match="x is"):
+        AddRmsNorm(library, 64, "float16")(torch.zeros(3, 1, 64), good.float(), torch.ones(64), good, EPS)
     with pytest.raises(ValueError, match="residual is"):
         AddRmsNorm(library, 64, "float16")(good, good[:1], torch.ones(64), good, EPS)
 
 
 FACTORY = "engine.cuda.elementwise"
 VARIANTS = [
-    Variant(FACTORY, "rms_norm", (16384, "bfloat16", True, 512)), Variant(FACTORY, "rms_norm", (5120, "float16", True, 512)),
-    Variant(FACTORY, "rms_norm", (576, "bfloat16", False, 96)), Variant(FACTORY, "silu_mul", (14336, "bfloat16", 256)),
+    Variant(FACTORY, "rms_norm", (16384, "bfloat16", "rows", 512)), Variant(FACTORY, "rms_norm", (5120, "float16", "parts", 512)),
+    Variant(FACTORY, "rms_norm", (576, "bfloat16", "", 96)), Variant(FACTORY, "silu_mul", (14336, "bfloat16", 256, True)),
     Variant(FACTORY, "embed", (4096, "bfloat16")), Variant(FACTORY, "take_rows", (576,)), Variant(FACTORY, "apply_updates"),
 ]  # fmt: skip
 

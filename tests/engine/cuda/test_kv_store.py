@@ -63,18 +63,24 @@ class World:
             q = q * reference.logn_scale(at, trained)[:, None, None]
         return q, k, v
 
-    def check(self, library, name, normed=False, trained=0, **shape):
+    def check(self, library, name, normed=False, trained=0, parts=0, **shape):
+        """`parts`: qkv comes as the sum of so many parts, and its own memory holds nothing."""
         q, k, v = self.wanted(normed, trained)
+        given = None
+        if parts:
+            shares = torch.tensor([0.5 ** (i + 1) for i in range(parts - 1)] + [0.5 ** (parts - 1)])
+            given = shares[:, None, None] * self.qkv.float()
+            self.qkv.fill_(float("nan"))
         rotary = 2 * self.cos.shape[1]
         before = self.qkv.clone()
         op = RopeStore(
             library, self.heads, self.kv_heads, self.head_dim, rotary, self.bsl, name, qk_norm=normed, trained_length=trained, **shape
         )
         norms = (self.q_norm, self.k_norm) if normed else (None, None)
-        op(self.qkv, self.pool, self.token_slots, self.positions, self.tables, self.cos, self.sin, *norms, EPS)
+        op(self.qkv, self.pool, self.token_slots, self.positions, self.tables, self.cos, self.sin, *norms, EPS, given)
         q_width = self.heads * self.head_dim
         self.close(self.qkv[:, :q_width].float().numpy().reshape(q.shape), q)
-        assert torch.equal(self.qkv[:, q_width:], before[:, q_width:])
+        assert torch.equal(self.qkv[:, q_width:].view(torch.int16), before[:, q_width:].view(torch.int16))
         untouched = torch.ones(self.pool.shape[0], self.bsl, dtype=torch.bool)
         for token, (slot, position) in enumerate(zip(self.token_slots.tolist(), self.positions.tolist(), strict=True)):
             block, offset = int(self.tables[slot, position // self.bsl]), position % self.bsl
@@ -111,6 +117,12 @@ def test_with_norms_of_q_and_k(library, head_dim, rotary):
 @pytest.mark.parametrize("trained", [2, 5, 4096])
 def test_with_logn_scaling(library, trained):
     World(2, 1, 64, 64, 64, torch.float16, seed=2).check(library, "float16", trained=trained)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 4, 7])
+@pytest.mark.parametrize("normed", [False, True])
+def test_parts_of_a_product_are_added_up(library, parts, normed):
+    World(4, 2, 80, 32, 64, torch.bfloat16, seed=6).check(library, "bfloat16", normed=normed, parts=parts)
 
 
 @pytest.mark.parametrize("warps", [1, 3])
@@ -154,6 +166,8 @@ def test_wrong_shapes_are_refused(library):
         op(world.qkv, world.pool.bfloat16(), *rest)
     with pytest.raises(ValueError, match="belong to a model with qk_norm"):
         op(world.qkv, world.pool, *rest, world.q_norm, world.k_norm)
+    with pytest.raises(ValueError, match="qkv's parts is"):
+        op(world.qkv, world.pool, *rest, parts=torch.zeros(2, len(world.qkv), 60))
 
 
 def test_logn_of_the_reference_begins_beyond_the_trained_length():
@@ -161,7 +175,8 @@ def test_logn_of_the_reference_begins_beyond_the_trained_length():
 
 
 VARIANTS = [
-    (32, 8, 128, 128, 64, "bfloat16", False, 0, 4), (8, 8, 256, 256, 64, "float16", True, 2048, 4), (8, 1, 96, 20, 16, "bfloat16", True, 100, 4),
+    (32, 8, 128, 128, 64, "bfloat16", False, 0, 4, False), (8, 8, 256, 256, 64, "float16", True, 2048, 4, True),
+    (8, 1, 96, 20, 16, "bfloat16", True, 100, 4, True),
 ]  # fmt: skip
 
 

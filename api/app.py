@@ -8,6 +8,7 @@ client that leaves cancels its handler.
 from __future__ import annotations
 
 import asyncio
+import difflib
 import logging
 import time
 import traceback
@@ -134,7 +135,10 @@ async def nowhere(request: web.Request) -> web.StreamResponse:
     if allowed:
         names = ", ".join(sorted(allowed))
         raise ApiError(405, f"This path answers {names} only.", code="method_not_allowed", headers={"Allow": names})
-    raise ApiError(404, "There is no such path; see /docs.", code="not_found")
+    known = [*GET, *POST]
+    near = [path for path in known if path == f"/v1{request.path}"] or difflib.get_close_matches(request.path[:100], known, 1, 0.8)
+    hint = f"did you mean {near[0]}? All paths are in /docs." if near else "see /docs."
+    raise ApiError(404, f"There is no such path; {hint}", code="not_found")
 
 
 @web.middleware

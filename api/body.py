@@ -39,6 +39,8 @@ async def read_optional(request: web.Request, limits: Http, session_len: int) ->
 
 
 async def parse_json(body: bytes, session_len: int) -> dict[str, Any]:
+    if not body.strip():
+        raise bad(None, "The body is empty; send a JSON object.", "invalid_json")
     _check_structure(body, session_len)
     try:
         value = orjson.loads(body)
@@ -56,7 +58,8 @@ async def parse_json(body: bytes, session_len: int) -> dict[str, Any]:
 def _check_headers(request: web.Request, limits: Http) -> None:
     media, _, charset = request.headers.get("Content-Type", "").partition(";")
     if media.strip().lower() != "application/json":
-        raise ApiError(415, "Content-Type must be application/json.", code="unsupported_media_type")
+        state = f"it is {media.strip()[:64]!r}" if media else "there is none"
+        raise ApiError(415, f"Content-Type must be application/json; {state}.", code="unsupported_media_type")
     name, _, value = charset.partition("=")
     if name.strip().lower() == "charset" and value.strip(' "').lower() not in ("utf-8", "utf8"):
         raise bad(None, "JSON is UTF-8; leave the charset out of Content-Type.", "invalid_json")

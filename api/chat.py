@@ -21,7 +21,7 @@ from api.sampling import Wanted, read, shared_fields, truncated
 from api.schema import Field, Table, boolean, check_list, integer, parse_object, table, unsupported, wrong_type
 from api.service import CALLER, REQUEST_ID, SERVICE, Served, Service
 from api.sse import Framing, event, joined
-from api.text_parts import NO_TOOLS, ONLY_TEXT, Parts
+from api.text_parts import NO_TOOLS, ONLY_TEXT, Parts, role_of
 from config.schema import Request
 from text.errors import TextError
 
@@ -271,11 +271,7 @@ def messages_field(most: int) -> Field:
 def _message(where: str, message: Any) -> dict[str, str]:
     if type(message) is not dict:
         raise wrong_type(where, "an object", message)
-    role = message.get("role")
-    if role in ("tool", "function"):
-        raise bad(f"{where}.role", f"{where}.role {role!r} is not supported: {NO_TOOLS}", "unsupported_value")
-    if type(role) is not str or role not in ROLES:
-        raise bad(f"{where}.role", f"{where}.role must be one of {', '.join(ROLES)}.", "invalid_value")
+    role = role_of(where, message, ROLES)
     out = {"role": "system" if role == "developer" else role, "content": PARTS.read(f"{where}.content", message.get("content"))}
     for key, value in message.items():
         if key == "name" and value is not None:

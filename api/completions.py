@@ -15,7 +15,7 @@ from api.generate import Answer, Choice, Delta
 from api.logprobs import LOGPROB_LISTS, lists, prompt_ids, prompt_lists, prompt_logprobs_json
 from api.respond import respond
 from api.sampling import Wanted, read, shared_fields, too_long, truncated
-from api.schema import Field, Table, boolean, check_list, integer, parse_object, table, unsupported, wrong_type
+from api.schema import Field, Table, boolean, check_list, integer, kind, parse_object, table, unsupported, wrong_type
 from api.service import CALLER, REQUEST_ID, SERVICE, Served, Service
 from api.sse import Framing, event, joined
 from api.text_parts import ONLY_TEXT
@@ -218,7 +218,9 @@ def check_ids(where: str, ids: Any, session_len: int, vocab_size: int) -> list[i
     if len(ids) >= session_len:
         raise too_long(where, f"{len(ids)} tokens", session_len)
     if set(map(type, ids)) != {int}:
-        raise bad(where, f"{where} must hold integers only.", "invalid_type")
+        at = next(i for i, each in enumerate(ids) if type(each) is not int)
+        raise bad(where, f"{where}[{at}] must be an integer, not {kind(ids[at])}.", "invalid_type")
     if min(ids) < 0 or max(ids) >= vocab_size:
-        raise bad(where, f"{where} holds an id outside 0..{vocab_size - 1}.", "invalid_value")
+        at = next(i for i, each in enumerate(ids) if not 0 <= each < vocab_size)
+        raise bad(where, f"{where}[{at}] is {ids[at]}; this vocabulary has the ids 0 to {vocab_size - 1}.", "invalid_value")
     return ids

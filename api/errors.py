@@ -77,6 +77,10 @@ def bad(param: str | None, message: str, code: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
 
+def no_such_model(name: str, served: str) -> ApiError:
+    return ApiError(404, f"There is no model {name[:64]!r}; this server has {served!r}.", param="model", code="model_not_found")
+
+
 def retry_headers(seconds: float) -> dict[str, str]:
     """Retry-After, integer, stretched by up to a quarter at random so that refused clients do not return together."""
     return {"Retry-After": str(max(1, math.ceil(seconds * random.uniform(1.0, 1.25))))}

@@ -15,7 +15,7 @@ import orjson
 from aiohttp import web
 
 from api.body import parse_json, read_bytes, read_object, read_optional
-from api.errors import ApiError, bad, json_response
+from api.errors import ApiError, bad, json_response, no_such_model
 from api.generate import Answer, Delta
 from api.health import verdict
 from api.kserve_tensors import Tensor, read_tensors, write_tensors
@@ -150,7 +150,7 @@ async def repository_index(request: web.Request) -> web.Response:
 def _check_model(request: web.Request) -> str:
     service = request.app[SERVICE]
     if request.match_info["model"] != service.model_name:
-        raise ApiError(404, f"There is no such model; this server has {service.model_name!r}.", param="model", code="model_not_found")
+        raise no_such_model(request.match_info["model"], service.model_name)
     if request.match_info.get("version", MODEL_VERSION) != MODEL_VERSION:
         raise ApiError(404, f"There is no such version; the model has version {MODEL_VERSION}.", param="version", code="model_not_found")
     return service.model_name

@@ -23,7 +23,7 @@ from api.sampling import Wanted, model_field, shared_fields
 from api.schema import Field, Table, check_list, check_str, choice, integer, number, parse_object, table, unsupported, wrong_type
 from api.service import CALLER, REQUEST_ID, SERVICE, Served, Service
 from api.sse import Framing, named_event
-from api.text_parts import NO_TOOLS, Parts
+from api.text_parts import NO_TOOLS, Parts, role_of
 from config.schema import Request
 
 ROLES = ("user", "assistant")
@@ -198,9 +198,7 @@ def _message(where: str, message: Any) -> dict[str, str]:
     for key in message:
         if key not in ("role", "content"):
             raise bad(f"{where}.{key[:64]}", f"There is no field {key[:64]!r} in a message.", "unknown_parameter")
-    role = message.get("role")
-    if type(role) is not str or role not in ROLES:
-        raise bad(f"{where}.role", f"{where}.role must be user or assistant; the system's text goes into 'system'.", "invalid_value")
+    role = role_of(where, message, ROLES, hint=" The system's text goes into 'system'.")
     return {"role": role, "content": BLOCKS.read(f"{where}.content", message.get("content"))}
 
 

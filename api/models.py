@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from api.errors import ApiError, json_response
+from api.errors import json_response, no_such_model
 from api.service import SERVICE, Service
 from config.version import VERSION
 
@@ -58,7 +58,7 @@ async def model(request: web.Request) -> web.Response:
     """GET /v1/models/{model}"""
     service = request.app[SERVICE]
     if request.match_info["model"] != service.model_name:
-        raise ApiError(404, f"There is no such model; this server has {service.model_name!r}.", param="model", code="model_not_found")
+        raise no_such_model(request.match_info["model"], service.model_name)
     return json_response(anthropic_card(service) if _is_anthropic(request) else card(service))
 
 

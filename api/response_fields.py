@@ -8,7 +8,7 @@ from typing import Any
 from api.errors import bad
 from api.sampling import shared_fields
 from api.schema import Field, Table, boolean, check_list, check_str, choice, integer, table, unsupported, wrong_type
-from api.text_parts import NO_TOOLS, ONLY_TEXT, Parts
+from api.text_parts import NO_TOOLS, ONLY_TEXT, Parts, role_of
 from config.schema import Request
 
 ROLES = ("user", "assistant", "system", "developer")
@@ -143,9 +143,7 @@ def _message(where: str, item: Any) -> dict[str, str]:
             raise bad(f"{where}.{key[:64]}", f"There is no field {key[:64]!r} in a message.", "unknown_parameter")
         if key in ("id", "status", "phase") and value is not None and type(value) is not str:
             raise wrong_type(f"{where}.{key}", "a string", value)
-    role = item.get("role")
-    if type(role) is not str or role not in ROLES:
-        raise bad(f"{where}.role", f"{where}.role must be one of {', '.join(ROLES)}.", "invalid_value")
+    role = role_of(where, item, ROLES)
     return {"role": "system" if role == "developer" else role, "content": PARTS.read(f"{where}.content", item.get("content"))}
 
 

@@ -13,7 +13,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from api.errors import ApiError, bad
+from api.errors import ApiError, bad, no_such_model
 from api.schema import (
     Field,
     Table,
@@ -23,6 +23,7 @@ from api.schema import (
     check_number,
     choice,
     integer,
+    kind,
     nested,
     number,
     pattern,
@@ -91,7 +92,7 @@ class Wanted:
             max_tokens=max(max_tokens, 1),
             min_tokens=v["min_tokens"],
             temperature=v["temperature"],
-            top_k=v["top_k"],
+            top_k=max(v["top_k"], 0),
             top_p=v["top_p"],
             min_p=v["min_p"],
             repetition_penalty=v["repetition_penalty"],
@@ -118,7 +119,7 @@ def shared_fields(limits: Request, model: str, session_len: int, vocab_size: int
         integer("min_new_tokens", 0, most, "LMDeploy's name of min_tokens."),
         number("temperature", 0, 2, "0 is greedy.", 1.0),
         number("top_p", 0, 1, "Keep the most likely ids whose probabilities sum to this.", 1.0),
-        integer("top_k", 0, (1 << 31) - 1, "Keep this many most likely ids; 0 switches it off.", 0),
+        integer("top_k", -1, (1 << 31) - 1, "Keep this many most likely ids; 0 and -1 switch it off.", 0),
         number("min_p", 0, 1, "Drop ids less likely than this share of the most likely one.", 0.0),
         number("repetition_penalty", 0.01, 100, "Divides (multiplies, if negative) the logits of ids in prompt and answer.", 1.0),
         number("presence_penalty", -2, 2, "Subtracted from the logits of ids that are in the answer.", 0.0),
@@ -172,6 +173,9 @@ def read(values: dict[str, Any], logprobs: int, prompt_logprobs: int | None = No
     if old is not None and new not in (0, old):
         raise bad("min_new_tokens", "min_new_tokens and min_tokens differ; give one of them.", "invalid_value")
     values = {**values, "min_tokens": new if old is None else old}
+    if values["max_tokens"] is not None and values["min_tokens"] > max(values["max_tokens"], 1):
+        message = f"min_tokens is {values['min_tokens']}, more than max_tokens, which is {values['max_tokens']}."
+        raise bad("min_tokens", message, "invalid_value")
     if values["prompt_logprobs"] is not None:
         if values["stream"]:
             raise bad("prompt_logprobs", "prompt_logprobs are not given in a stream; leave stream out.", "invalid_value")
@@ -202,7 +206,10 @@ def room_for_answer(wanted: Wanted, num_prompt: int, session_len: int, default: 
     if room < 1:
         raise too_long(param, f"{num_prompt} tokens", session_len)
     if wanted.max_tokens is None:
-        return room if default is None else min(default, room)
+        most = room if default is None else min(default, room)
+        if (least := wanted.values["min_tokens"]) > most:
+            raise bad("min_tokens", f"min_tokens is {least}, but this answer has at most {most} tokens.", "invalid_value")
+        return most
     if max(wanted.max_tokens, 1) > room:
         message = (
             f"The prompt has {num_prompt} tokens and max_tokens asks for {wanted.max_tokens} more, "
@@ -225,7 +232,7 @@ def _model(served: str) -> Any:
         if type(value) is not str:
             raise wrong_type(name, "a string", value)
         if value != served:
-            raise ApiError(404, f"There is no such model; this server has {served!r}.", param=name, code="model_not_found")
+            raise no_such_model(value, served)
         return value
 
     return parse
@@ -326,8 +333,12 @@ def _logit_bias(most: int, vocab_size: int) -> Field:
         biases = {}
         for key, addend in value.items():
             if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size):
-                raise bad(name, f"{name} has a key that is not a token id between 0 and {vocab_size - 1}.", "invalid_value")
-            biases[int(key)] = check_number(name, addend, -100, 100)
+                message = f"{name} has the key {key[:32]!r}; keys are token ids between 0 and {vocab_size - 1}."
+                raise bad(name, message, "invalid_value")
+            try:
+                biases[int(key)] = check_number(f"{name}.{key}", addend, -100, 100)
+            except ApiError as error:
+                raise bad(name, str(error), error.code) from None
         if len(biases) != len(value):
             raise bad(name, f"{name} names an id twice.", "invalid_value")
         return tuple(biases.items())
@@ -344,9 +355,9 @@ def _metadata() -> Field:
             raise wrong_type(name, "an object", value)
         if len(value) > MAX_METADATA:
             raise bad(name, f"{name} has {len(value)} entries; at most {MAX_METADATA} are allowed.", "object_above_max_properties")
-        for item in value.values():
+        for key, item in value.items():
             if type(item) is not str:
-                raise wrong_type(name, "an object of strings", item)
+                raise bad(name, f"{name}.{key[:64]} must be a string, not {kind(item)}.", "invalid_type")
         return value
 
     schema = {"type": "object", "additionalProperties": {"type": "string"}, "maxProperties": MAX_METADATA}

@@ -16,6 +16,18 @@ from typing import Any
 from api.errors import ApiError, bad
 
 Schema = dict[str, Any]
+# what other programs and endpoints call a field that is known here
+INSTEAD = {
+    "messages": ("prompt", "input", "text"),
+    "prompt": ("messages", "input"),
+    "input": ("messages", "prompt"),
+    "max_new_tokens": ("max_tokens", "max_output_tokens"),
+    "max_length": ("max_tokens", "max_output_tokens", "max_new_tokens"),
+    "num_predict": ("max_tokens", "max_output_tokens", "max_new_tokens"),
+    "n_predict": ("max_tokens", "max_output_tokens", "max_new_tokens"),
+    "stop_words": ("stop", "stop_sequences"),
+    "random_seed": ("seed", "sampling_seed"),
+}
 Table = Mapping[str, "Field"]
 
 
@@ -82,7 +94,7 @@ def _nullable(schema: Schema) -> Schema:
 
 def _unknown(name: str, fields: Table, where: str) -> ApiError:
     shown = name[:64]
-    near = difflib.get_close_matches(shown, fields, 1)
+    near = [other for other in INSTEAD.get(shown, ()) if other in fields] or difflib.get_close_matches(shown, fields, 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return bad(where + shown, f"There is no field {where + shown!r}.{hint}", "unknown_parameter")
 
@@ -102,10 +114,17 @@ def wrong_type(name: str, wanted: str, value: Any) -> ApiError:
     return bad(name, f"{name} must be {wanted}, not {kind(value)}.", "invalid_type")
 
 
+def not_one_of(name: str, allowed: Sequence[str], value: Any) -> ApiError:
+    shown = repr(value[:32]) if type(value) is str else kind(value)
+    return bad(name, f"{name} must be one of {', '.join(allowed)}; not {shown}.", "invalid_value")
+
+
 def check_int(name: str, value: Any, low: int, high: int) -> int:
     if type(value) is not int:
         # orjson reads an integer beyond 64 bits as a float
         wanted = f"an integer between {low} and {high}"
+        if type(value) is float:
+            raise bad(name, f"{name} must be {wanted}, not {value:g}.", "invalid_type")
         raise wrong_type(name, wanted, value)
     if not low <= value <= high:
         raise bad(name, f"{name} must be between {low} and {high}, not {value}.", "invalid_value")
@@ -179,7 +198,7 @@ def choice(name: str, allowed: tuple[str, ...], doc: str, default: str | None = 
         if type(value) is not str:
             raise wrong_type(name, "a string", value)
         if value not in allowed:
-            raise bad(name, f"{name} must be one of {', '.join(allowed)}.", "invalid_value")
+            raise not_one_of(name, allowed, value)
         return value
 
     return Field(name, doc, {"type": "string", "enum": list(allowed)}, parse, default)

@@ -10,12 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from api.errors import bad
-from api.schema import Schema, check_str, kind, wrong_type
+from api.schema import Schema, check_str, kind, not_one_of, wrong_type
 
 NO_TOOLS = "tool calls come in a later version."
 ONLY_TEXT = 'structured output comes in a later version; {"type": "text"} is what there is.'
 NOT_TEXT = "this server reads text only."
 MAX_CHARS = 1 << 26  # of one part; a body is bounded long before
+
+
+def role_of(where: str, message: dict[str, Any], roles: tuple[str, ...], *, hint: str = "") -> str:
+    """The role of a message, one of `roles`; `hint`: another sentence for those who have another one."""
+    role = message.get("role")
+    if role is None:
+        raise bad(f"{where}.role", f"{where}.role is missing; it is one of {', '.join(roles)}.", "invalid_value")
+    if role in ("tool", "function"):
+        raise bad(f"{where}.role", f"{where}.role {role!r} is not supported: {NO_TOOLS}", "unsupported_value")
+    if type(role) is not str or role not in roles:
+        error = not_one_of(f"{where}.role", roles, role)
+        raise bad(error.param, f"{error}{hint}", error.code)
+    return role
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +44,8 @@ class Parts:
         """The whole text; raises for what is no text."""
         if type(content) is str:
             return content
+        if content is None:
+            raise bad(where, f"{where} is missing; give a string or an array of text {self.noun}s.", "invalid_type")
         if type(content) is not list:
             raise wrong_type(where, f"a string or an array of text {self.noun}s", content)
         if not content and not self.may_be_empty:

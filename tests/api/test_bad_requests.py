@@ -155,7 +155,7 @@ RANGES: list[tuple[str, list[Any], list[Any]]] = [
     ("temperature", [0, 2, 0.5], [-0.001, 2.001, -1, 3, 10**30]),
     ("top_p", [0, 1], [-0.001, 1.001, 2**63]),
     ("min_p", [0, 1], [-0.001, 1.001]),
-    ("top_k", [0, 1, 2**31 - 1], [-1, 2**31, 2**63, 10**30]),
+    ("top_k", [-1, 0, 1, 2**31 - 1], [-2, 2**31, 2**63, 10**30]),
     ("repetition_penalty", [0.01, 1, 100], [0, -1, 0.009, 100.1]),
     ("presence_penalty", [-2, 2], [-2.001, 2.001]),
     ("frequency_penalty", [-2, 2], [-2.001, 2.001]),
@@ -413,3 +413,43 @@ def test_paths_and_methods(server: Running, method: str, path: str, expected: in
     assert headers["x-request-id"]
     if expected == 405:
         assert headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "sentence"),
+    [
+        (CHAT, {"messages": [{"role": "User", "content": "x"}]}, "one of system, developer, user, assistant; not 'User'."),
+        (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role is missing; it is one of system, developer, user, assistant."),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content is missing; give a string or an array of text parts."),
+        (CHAT, {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, 'an object like {"type": "text", "text": "..."}'),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]}, "tool calls come in a later version."),
+        (CHAT, {"prompt": "x"}, "There is no field 'prompt'. Did you mean 'messages'?"),
+        (TEXT, {"messages": []}, "There is no field 'messages'. Did you mean 'prompt'?"),
+        (TEXT, {"prompt": "x", "max_new_tokens": 5}, "Did you mean 'max_tokens'?"),
+        (TEXT, {"prompt": "x", "model": "gpt-4"}, "There is no model 'gpt-4'; this server has 'mock'."),
+        (TEXT, {"prompt": "x", "max_tokens": 1.5}, "max_tokens must be an integer between 0 and 511, not 1.5."),
+        (TEXT, {"prompt": "x", "min_tokens": 50, "max_tokens": 5}, "min_tokens is 50, more than max_tokens, which is 5."),
+        (TEXT, {"prompt": "x", "min_tokens": 50}, "min_tokens is 50, but this answer has at most 16 tokens."),
+        (TEXT, {"prompt": [1, 9999]}, "prompt[1] is 9999; this vocabulary has the ids 0 to 259."),
+        (TEXT, {"prompt": [1, "a"]}, "prompt[1] must be an integer, not a string."),
+        (TEXT, {"prompt": "x", "logit_bias": {"a": 1}}, "has the key 'a'; keys are token ids between 0 and 259."),
+        (TEXT, {"prompt": "x", "logit_bias": {"5": 1000}}, "logit_bias.5 must be between -100 and 100, not 1000."),
+        (TEXT, {"prompt": "x", "metadata": {"a": 1}}, "metadata.a must be a string, not an integer."),
+        (TEXT, {"prompt": "x", "service_tier": "gold"}, "service_tier must be one of auto, default; not 'gold'."),
+        ("/v1/chat/completion", {}, "did you mean /v1/chat/completions? All paths are in /docs."),
+        ("/chat/completions", {}, "did you mean /v1/chat/completions? All paths are in /docs."),
+    ],
+)
+def test_sentences_say_what_to_change(server: Running, path: str, body: dict[str, Any], sentence: str) -> None:
+    status, answer = server.post(path, body)
+    assert status in (400, 404)
+    assert sentence in answer["error"]["message"]
+
+
+def test_what_is_no_json_says_what_it_is(server: Running) -> None:
+    status, _, data = server.request("POST", CHAT, b"")
+    assert (status, json.loads(data)["error"]["message"]) == (400, "The body is empty; send a JSON object.")
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # curl's, where it is told nothing
+    status, _, data = server.request("POST", CHAT, b"{}", form)
+    said = "Content-Type must be application/json; it is 'application/x-www-form-urlencoded'."
+    assert (status, json.loads(data)["error"]["message"]) == (415, said)

@@ -155,7 +155,7 @@ def test_triton_errors_have_tritons_shape(server: Running) -> None:
         (V2 + "generate", {"text_input": "x", "temperature": 9}, 400, "temperature"),
         (V2 + "generate", {"text_input": "x", "seed": 1, "parameters": {"seed": 1}}, 400, "twice"),
         (V2 + "generate", {"text_input": "x", "stream": True}, 400, "generate_stream"),
-        ("/v2/models/another/generate", {"text_input": "x"}, 404, "no such model"),
+        ("/v2/models/another/generate", {"text_input": "x"}, 404, "There is no model"),
         ("/v2/models/mock/versions/2/generate", {"text_input": "x"}, 404, "version"),
         ("/v2/nowhere", {}, 404, "no such path"),
     ):

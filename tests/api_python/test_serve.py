@@ -59,7 +59,7 @@ def test_ids_and_perplexity(server: RunningServer) -> None:
 def test_errors_are_pythons_with_the_servers_sentence(server: RunningServer) -> None:
     with pytest.raises(ValueError, match="max_tokens must be between"):
         list(server.chat_completions_v1("m", "x", max_tokens=-1))
-    with pytest.raises(ValueError, match="There is no such model"):
+    with pytest.raises(ValueError, match="There is no model"):
         list(server.chat_completions_v1("other", "x", stream=True))
     with client(server.url) as stranger, pytest.raises(ValueError, match="API key"):
         stranger.get_model_list()

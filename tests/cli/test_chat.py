@@ -83,7 +83,7 @@ def test_a_chat_over_kserve(server: Running) -> None:
     marked = run("serve", "triton_client", address, "--chat-template", "qwen-7b", "--max-tokens", "6", stdin="a\n\n")
     assert answers(marked.stdout)[0] not in ("", a)
     missing = run("serve", "triton_client", address, "--model-name", "other", stdin="a\n\n")
-    assert "There is no such model" in missing.stderr
+    assert "There is no model" in missing.stderr
 
 
 def test_a_refused_question_leaves_the_chat_open(server: Running) -> None:

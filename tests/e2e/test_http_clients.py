@@ -289,5 +289,5 @@ def test_triton_async_and_errors(tritons: triton.InferenceServerClient) -> None:
     ):
         with pytest.raises(InferenceServerException, match=words):
             tritons.infer("mock", inputs, headers=auth())
-    with pytest.raises(InferenceServerException, match="no such model"):
+    with pytest.raises(InferenceServerException, match="There is no model"):
         tritons.infer("another", [tensor("text_input", ["x"], "BYTES")], headers=auth())

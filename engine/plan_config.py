@@ -4,7 +4,7 @@
 promises. `precisions` is seed 002's table for any model: weights in 16 bits and in 4, the K/V of a few sequences in 16, 8 and
 4 bits. Arithmetic on a `ModelSpec`; no torch, no card, nothing is allocated.
 
-    K/V of a position = 2 x layers x KV heads x (head_dim x bits / 8 + 4 where quantized: scale and zero point, 16 bits each)
+    K/V of a position = 2 x layers x KV heads x (head_dim x bits / 8 + 4 where quantized: scale and zero)   engine/cache/layout.py
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from engine.cache.layout import KVLayout
 from engine.errors import ModelError
 from engine.models.families import FAMILIES
 from engine.models.spec import ModelSpec
@@ -21,6 +22,7 @@ from formats.workspace import is_workspace
 
 GIB, GB = 2**30, 10**9
 W4_GROUP = 128  # of the 4-bit checkpoint that is counted: what auto_awq writes
+BLOCK = 64  # positions: blocks of so many have no padding
 SEQUENCES, LENGTHS = 8, (2048, 8192, 32768)
 PRECISIONS = (("16-bit", 16, 16), ("16-bit + KV int8", 16, 8), ("W4", 4, 16), ("W4 + KV int8", 4, 8), ("W4 + KV int4", 4, 4))
 DENSE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -98,8 +100,8 @@ def weight_bytes(spec: ModelSpec, bits: int) -> int:
 
 def kv_bytes(spec: ModelSpec, bits: int) -> int:
     """Of one position of one sequence, all layers."""
-    head = spec.head_dim * bits // 8 + (4 if bits < 16 else 0)
-    return 2 * spec.num_layers * spec.num_kv_heads * head
+    block = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, BLOCK, "bfloat16", 0 if bits == 16 else bits)
+    return block.block_bytes // BLOCK
 
 
 def precision_table(spec: ModelSpec) -> str:

@@ -56,6 +56,11 @@ def parser() -> Parser:
         "--w4", default="", metavar="PATH", help="a 4-bit checkpoint (default: MODEL where it is one, else auto_awq makes it)"
     )
     made.add_argument("--w8a8", default="", metavar="PATH", help="an 8-bit checkpoint (default: smooth_quant makes it)")
+    asked = "name or text file for making them (default: the part of --data that is not scored)"
+    made.add_argument("--calib-dataset", default="", metavar="NAME|FILE", help=asked)
+    made.add_argument("--calib-samples", type=int, default=64, metavar="N", help="sequences of it (default: %(default)s)")
+    made.add_argument("--calib-seqlen", type=int, default=512, metavar="N", help="tokens of each (default: %(default)s)")
+    made.add_argument("--w-group-size", type=int, default=0, metavar="N", help="128, 64 or 32 (default: the largest that fits)")
     return cli
 
 

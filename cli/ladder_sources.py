@@ -7,20 +7,28 @@ Made ones are kept in the work folder, whole or not at all, and taken again by t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from api.loading import with_local_files
 from bench.ladder import REFUSALS, Source
 from bench.quality import Text, quiet
+from bench.texts import unused_part
 from cli.arguments import UsageError, say
-from engine.models.spec import load_spec
+from engine.models.spec import ModelSpec, load_spec
+from engine.w4 import GROUP_SIZES
 from engine.weight_files import take_stock
 from quant.dense import is_dense, write_dense
+from text.tokenizer import load_tokenizer
 
 STAMP = "made-from.json"  # which model a work folder belongs to
 FOUR_BITS, EIGHT_BITS = {"AWQ", "GPTQ", "PACKED"}, {"INT8", "FP8"}  # forms of a folder's linears (`engine/weight_files.py`)
+LEAST_REST = 0.1  # of the data that must be left to calibrate on
 DENSE_DIR, W4_DIR, W8A8_DIR = "16-bit", "w4", "w8a8"
 
 
@@ -65,15 +73,52 @@ def _dense(model: Path, work_dir: Path) -> Source:
 
 
 def _w4(model: Path, dense: Source, work_dir: Path, text: Text, args: argparse.Namespace) -> Source:
-    if _stored_types(model) & FOUR_BITS and model.is_dir():
+    if model.is_dir() and _stored_types(model) & FOUR_BITS:
         return Source(str(model))
-    return Source(reason="no 4-bit checkpoint is here: name one with --w4")
+    group = args.w_group_size or fitting_group(load_spec(dense.path))
+    return _made("auto_awq", dense, work_dir / W4_DIR, [*_calibration(dense, work_dir, text, args), "--w-group-size", str(group)])
 
 
 def _w8a8(model: Path, dense: Source, work_dir: Path, text: Text, args: argparse.Namespace) -> Source:
-    if _stored_types(model) & EIGHT_BITS and model.is_dir():
+    if model.is_dir() and _stored_types(model) & EIGHT_BITS:
         return Source(str(model))
-    return Source(reason="no 8-bit checkpoint is here: name one with --w8a8")
+    return _made("smooth_quant", dense, work_dir / W8A8_DIR, _calibration(dense, work_dir, text, args))
+
+
+def fitting_group(spec: ModelSpec) -> int:
+    """The largest group size that divides the input channels of every linear; auto_awq's own default where none does."""
+    inputs = (spec.hidden_size, spec.num_heads * spec.head_dim, spec.intermediate_size)
+    return next((group for group in sorted(GROUP_SIZES, reverse=True) if not any(n % group for n in inputs)), max(GROUP_SIZES))
+
+
+def _made(command: str, dense: Source, place: Path, words: list[str]) -> Source:
+    """What `numbatch lite COMMAND` makes of the 16-bit checkpoint, now or in an earlier run."""
+    if (place / "config.json").is_file():
+        say(f"{place} was made before, and is taken (remove it to make it anew)")
+        return Source(str(place))
+    module = f"cli.lite_{command}"
+    if importlib.util.find_spec(module) is None:
+        return Source(reason=f"numbatch lite {command} is not in this version")
+    words = [dense.path, "--work-dir", str(place), *words]
+    say(f"numbatch lite {command} {' '.join(words)}")
+    with contextlib.redirect_stdout(sys.stderr):
+        code = int(importlib.import_module(module).main(words))
+    return Source(str(place)) if code == 0 else Source(reason=f"numbatch lite {command} ended with exit code {code}; its reason is above")
+
+
+def _calibration(dense: Source, work_dir: Path, text: Text, args: argparse.Namespace) -> list[str]:
+    """Flags of the calibration text: what was asked for, else the part of the data that is not scored."""
+    words = ["--calib-samples", str(args.calib_samples), "--calib-seqlen", str(args.calib_seqlen)]
+    if args.calib_dataset:
+        return ["--calib-dataset", args.calib_dataset, *words]
+    tokenizer = load_tokenizer(Path(dense.path))
+    rest = unused_part(text.path, tokenizer, lambda messages: tokenizer.encode("".join(m["content"] for m in messages)), text.tokens)
+    if len(rest) < LEAST_REST * text.path.stat().st_size:
+        say(f"{text.path.name} is calibrated on as well as measured on, as little of it is left beside what is scored; see --calib-dataset")
+        return ["--calib-dataset", str(text.path), *words]
+    place = work_dir / f"calibration{text.path.suffix or '.txt'}"
+    place.write_text(rest, encoding="utf-8")
+    return ["--calib-dataset", str(place), *words]
 
 
 def _stored_types(model: Path) -> set[str]:

@@ -1,28 +1,37 @@
-"""`numbatch lite COMMAND`: quantization. `ladder` measures what it costs; what LMDeploy has and is not here is refused by name."""
+"""`numbatch lite COMMAND ...`: which command of quantization is meant, and nothing else.
+
+Each is a `main(argv) -> int` in a module of its own, imported when it is called. What LMDeploy had and nobody needs here is
+refused by name.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 
 from cli.arguments import Parser, UsageError, choose
 
-LOADS = "AWQ checkpoints (4 bits, groups, gemm layout) and GGUF files made elsewhere load as they are"
 COMMANDS = {
-    "auto_awq": f"4-bit AWQ quantization comes in a later version; {LOADS}.",
-    "auto_gptq": "GPTQ quantization is not planned before AWQ, which comes in a later version.",
-    "calibrate": "calibration comes with auto_awq in a later version.",
-    "kv_qparams": "KV quantization needs no calibration here; it comes as cache.quant_policy in a later version.",
-    "smooth_quant": "8-bit activations are not planned; 8-bit weights load from GGUF (Q8_0).",
-    "get_small_sharded_hf": "shards of any size are read as they are; there is nothing to split.",
+    "auto_awq": ("cli.lite_auto_awq", "4 bits: AWQ, in the layout that transformers, vLLM, SGLang and LMDeploy read"),
+    "auto_gptq": ("cli.lite_auto_gptq", "4 bits: GPTQ"),
+    "smooth_quant": ("cli.lite_smooth_quant", "8 bits, activations too: int8 or fp8 (compressed-tensors)"),
+    "calibrate": ("cli.lite_calibrate", "statistics of activations, keys and values on a text"),
+    "kv_qparams": ("cli.lite_kv_qparams", "LMDeploy 0.1's files of static KV scales, from what calibrate saw"),
+    "ladder": ("cli.ladder", "one model in six precisions, measured on your own text: which one to serve"),
 }
+REFUSED = {"get_small_sharded_hf": "shards of any size are read as they are; there is nothing to split."}
 
-MODULES = {"ladder": ("cli.ladder", "one model in six precisions, measured on your own text: which one to serve.")}
+
+def there() -> dict[str, tuple[str, str]]:
+    """The commands whose modules exist."""
+    return {name: command for name, command in COMMANDS.items() if importlib.util.find_spec(command[0]) is not None}
 
 
 def parser() -> Parser:
-    listed = "\n".join(f"  {name:<22}{sentence}" for name, sentence in ({n: s for n, (_, s) in MODULES.items()} | COMMANDS).items())
-    return Parser(prog="numbatch lite", usage="numbatch lite COMMAND ...", description=f"Quantization.\n\n{listed}")
+    listed = "\n".join(f"  {name:<22}{summary}" for name, (_, summary) in there().items())
+    more = "numbatch lite COMMAND --help says more."
+    return Parser(prog="numbatch lite", usage="numbatch lite COMMAND ...", description=f"Quantization.\n\n{listed}\n\n{more}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(parser().format_help(), end="")
         return 0 if words else 2
-    name = choose(words[0], [*MODULES, *COMMANDS], "command")
-    if name in MODULES:
-        return int(importlib.import_module(MODULES[name][0]).main(words[1:]))
-    raise UsageError(f"{name}: {COMMANDS[name]}")
+    name = choose(words.pop(0), [*there(), *REFUSED], "command")
+    if name in REFUSED:
+        raise UsageError(f"{name}: {REFUSED[name]}")
+    return int(importlib.import_module(COMMANDS[name][0]).main(words))

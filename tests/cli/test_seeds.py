@@ -27,7 +27,9 @@ import pytest
 from cli.main import main
 from tests.api.harness import mock_config, serving
 from tests.cli.programs import NUMBATCH, ROOT, run
+from tests.e2e.conftest import byte_tokenizer
 from tests.e2e.support import free_port
+from tests.fixtures.toy import toy_checkpoint
 
 CPU = {"NUMBATCH_ENGINE_DEVICE": "cpu", "NUMBATCH_MODEL_DTYPE": "float32", "NUMBATCH_CACHE_CACHE_MAX_BYTES": str(64 << 20)}
 REFERENCE = {**CPU, "NUMBATCH_ENGINE_DEVICE": "reference"}  # the weights count, speed does not
@@ -125,11 +127,13 @@ def test_chat_with_half_the_cache(toy_model: Path) -> None:
     assert "--cache-max-entry-count 0.5  cache.cache_max_entry_count = 0.5" in done.stderr
 
 
-def test_auto_awq(toy_model: Path, tmp_path: Path) -> None:
-    done = run(*words("test_auto_awq", M=str(toy_model), **{"D-4bit": str(tmp_path / "D-4bit")}), env=CPU)
-    if done.returncode == 2 and "comes in a later version" in done.stderr:
-        assert done.stderr.startswith("numbatch lite: auto_awq: ")
-        pytest.skip("auto_awq is refused by name in this version")
+def test_auto_awq(tmp_path: Path) -> None:
+    """`ptb` is a file of a local copy here, as its hub copy is of a kind that is not read."""
+    model = toy_checkpoint(tmp_path / "M", hidden=128, layers=1, max_position_embeddings=2048)
+    byte_tokenizer(model)
+    (tmp_path / "ptb.train.txt").write_text("\n".join(f" no it was n't black monday <unk> {n} " for n in range(400)))
+    replaced = {"M": str(model), "D-4bit": str(tmp_path / "D-4bit")}
+    done = run(*words("test_auto_awq", **replaced), "--download-dir", str(tmp_path), env=CPU)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "D-4bit" / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.ladder import BATCHES, Advice, Row
 from bench.report import STYLE, section
-from bench.svg import Bar, bars, escape, number, ticks
+from bench.svg import Bar, apart, bars, escape, number, ticks
 
 GIB = 2**30
 HEAD = ("rung", "perplexity", "change %", "95 %", "KL", "top-1 %", "weights GiB", "KV tokens", *(f"tok/s x{n}" for n in BATCHES), "TTFT ms")
@@ -24,6 +24,9 @@ PAGE = """<!doctype html>
 """
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 70, 150, 30, 52  # of the scatter plot
 SMALLEST, LARGEST = 6.0, 22.0  # radius of a dot
+LABEL_GAP = 15.0
+BUSY = 0.1  # share of the processor that others took, from which on it is said
+OWN_STYLE = "th, td { white-space: nowrap; } td[colspan] { white-space: normal; text-align: left; } p:first-of-type { color: var(--ink); }"
 
 
 def cells(row: Row) -> list[str]:
@@ -82,23 +85,25 @@ def _plain(row: Row) -> dict[str, Any]:
 def page(rows: Sequence[Row], advice: Advice, about: dict[str, Any], max_loss: float) -> str:
     ran = [row for row in rows if row.ran]
     title = f"The ladder of {about['model']}"
-    where = (
-        f"{about['data']}: {about['tokens']:,} tokens, windows of {about['window']}, stride {about['stride']}. {machine(about['machine'])}"
-    )
+    where = f"{about['data']}: {about['tokens']:,} tokens, windows of {about['window']}, stride {about['stride']}. {machine(about)}"
     parts = [f"<p>{escape(where)}</p>"]
-    parts.append(section("Which rung", " ".join(advice.sentences), _html_table(rows, advice)))
+    why_not = "".join(f"<p>{escape(sentence)}</p>" for sentence in advice.sentences[1:])
+    parts.append(section("Which rung", advice.sentences[0], why_not, _html_table(rows, advice)))
     if any(row.apart is not None for row in ran):
         text = "Down is nearer to the first rung, right is faster, a larger dot has room for more K/V. The dashed line is what may be lost."
         parts.append(section("Quality against speed", text, scatter(ran, advice, max_loss)))
     for name, unit, of in _charts(ran):
         parts.append(section(name, unit, bars([_bar(row, of, advice) for row in ran], name, unit)))
-    return PAGE.format(title=escape(title), style=STYLE, body="".join(parts))
+    return PAGE.format(title=escape(title), style=STYLE + OWN_STYLE, body="".join(parts))
 
 
-def machine(found: dict[str, Any]) -> str:
-    """Where it was measured, in words."""
+def machine(about: dict[str, Any]) -> str:
+    """Where it was measured, in words, and whether it had to share."""
+    found = about["machine"]
     cards = [str(card.get("name", card)) if isinstance(card, dict) else str(card) for card in found.get("gpus", [])]
-    return ", ".join([*cards, f"{found.get('processor', 'CPU')} with {found.get('cores', '?')} cores"])
+    words = ", ".join([*cards, f"{found.get('processor', 'CPU')} with {found.get('cores', '?')} cores"])
+    others = about.get("others_cpu_share") or 0
+    return words + (f"; other programs took {100 * others:.0f} % of the processor meanwhile." if others > BUSY else ".")
 
 
 def _charts(ran: Sequence[Row]) -> list[tuple[str, str, Any]]:
@@ -151,7 +156,8 @@ def scatter(ran: Sequence[Row], advice: Advice, max_loss: float) -> str:
     out.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 10}" text-anchor="middle">tokens a second, one sequence</text>')
     allowed = y(100 * max_loss)
     out.append(f'<line class="line bound s6" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{allowed:.1f}" y2="{allowed:.1f}"/>')
-    for row, at, (below, mid, above) in zip(ran, xs, losses, strict=True):
+    labels = apart([y(mid) for _, mid, _ in losses], LABEL_GAP)
+    for row, at, (below, mid, above), label_at in zip(ran, xs, losses, labels, strict=True):
         colour = 0 if row is advice.row else 1
         radius = max(SMALLEST, LARGEST * math.sqrt(row.kv_tokens / most))
         tip = f"{row.rung.name}: {mid:+.2f} %, {number(at)} tokens a second, room for {row.kv_tokens:,} tokens"
@@ -159,7 +165,7 @@ def scatter(ran: Sequence[Row], advice: Advice, max_loss: float) -> str:
         dot = f'<circle class="f{colour} halo" fill-opacity=".7" cx="{x(at):.1f}" cy="{y(mid):.1f}" r="{radius:.1f}">'
         out.append(f"{dot}<title>{escape(tip)}</title></circle>")
         strong = ' class="strong"' if colour == 0 else ""
-        out.append(f'<text{strong} x="{x(at) + radius + 5:.1f}" y="{y(mid) + 4:.1f}">{escape(row.rung.name)}</text>')
+        out.append(f'<text{strong} x="{x(at) + radius + 5:.1f}" y="{label_at + 4:.1f}">{escape(row.rung.name)}</text>')
     label = "change of perplexity against decoding speed"
     return "\n".join([f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">', *out, "</svg>"])
 

@@ -123,7 +123,7 @@ def lines(series: Sequence[Series], x_label: str, y_label: str, height: float = 
         for a, b in s.points if radius else ():
             tip = f"{s.name}, {x_label} {number(a)}: {number(b)}"
             out.append(_dot(x(a), y(b), radius, s.colour, tip))
-    for s, at in zip(series, _apart([y(s.points[-1][1]) for s in series], 15), strict=True):
+    for s, at in zip(series, apart([y(s.points[-1][1]) for s in series], 15), strict=True):
         out.append(f'<text class="end t{s.colour}" x="{WIDTH - right + 12}" y="{at + 4:.1f}">{escape(s.name)}</text>')
     return _frame(height, f"{y_label} against {x_label}", out)
 
@@ -132,7 +132,7 @@ def _dot(x: float, y: float, radius: float, colour: int, tip: str) -> str:
     return f'<circle class="f{colour} halo" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{escape(tip)}</title></circle>'
 
 
-def _apart(wanted: list[float], gap: float) -> list[float]:
+def apart(wanted: list[float], gap: float) -> list[float]:
     """Places near the wanted ones, none nearer than `gap` to the next: clusters are spread around their middle."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     groups: list[list[int]] = []

@@ -67,6 +67,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from bench.ladder import REFUSALS, advise, climb
+    from bench.machine import Neighbours
     from cli.ladder_sources import find_sources
 
     try:
@@ -74,9 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         work_dir = args.work_dir or Path(f"ladder-{Path(args.model).name}")
         work_dir.mkdir(parents=True, exist_ok=True)
         sources = find_sources(args, work_dir, task.text, {rung.weights for rung in rungs})
+        neighbours = Neighbours()
         rows = climb(rungs, sources, task, _told)
         advice = advise(rows, args.max_loss / 100, args.goal)
-        _report(args, work_dir, rows, advice, task)
+        _report(args, work_dir, rows, advice, task, neighbours.share())
     except UsageError:
         raise
     except OSError as error:
@@ -127,8 +129,8 @@ def _told(sentence: str) -> None:
         say(sentence)
 
 
-def _report(args: argparse.Namespace, work_dir: Path, rows: Sequence[Row], advice: Advice, task: Task) -> None:
-    from bench.ladder_report import page, record, table
+def _report(args: argparse.Namespace, work_dir: Path, rows: Sequence[Row], advice: Advice, task: Task, others: float) -> None:
+    from bench.ladder_report import machine, page, record, table
     from bench.machine import describe_machine
 
     if sys.stderr.isatty():
@@ -137,12 +139,13 @@ def _report(args: argparse.Namespace, work_dir: Path, rows: Sequence[Row], advic
     about: dict[str, Any] = {
         "model": Path(args.model).name, "data": args.data.name, "tokens": scored, "window": task.text.window, "stride": task.text.stride,
         "max_loss_percent": args.max_loss, "goal": args.goal, "set": list(task.sets), "machine": describe_machine(),
+        "others_cpu_share": others,
     }  # fmt: skip
     (work_dir / "ladder.json").write_text(json.dumps(record(rows, advice, about), indent=1) + "\n", encoding="utf-8")
     (work_dir / "ladder.html").write_text(page(rows, advice, about, args.max_loss / 100), encoding="utf-8")
     print(f"{about['model']} on {about['data']}: {scored:,} tokens, windows of {task.text.window}, stride {task.text.stride}")
     print(table(rows))
-    print()
+    print(f"on {machine(about)}\n")
     for number, sentence in enumerate(advice.sentences):
         print(f"Recommended: {sentence}" if number == 0 and advice.row else f"  {sentence}")
     if advice.row is not None:

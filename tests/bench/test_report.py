@@ -122,7 +122,7 @@ def test_ticks_are_round_and_inside() -> None:
 
 
 def test_labels_do_not_overlap() -> None:
-    places = svg._apart([10.0, 11.0, 12.0, 100.0], 15)
+    places = svg.apart([10.0, 11.0, 12.0, 100.0], 15)
     assert all(b - a >= 15 - 1e-9 for a, b in zip(sorted(places), sorted(places)[1:], strict=False)) and places[3] == 100.0
     assert sum(places[:3]) / 3 == pytest.approx(11.0)
 

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import logging
 import tempfile
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,10 +104,10 @@ class GenerationConfig:
             "frequency_penalty": self.frequency_penalty,
             "ignore_eos": self.ignore_eos,
             "seed": self.random_seed,
-            "stop": None if self.stop_words is None else list(self.stop_words),
-            "stop_token_ids": None if self.stop_token_ids is None else list(self.stop_token_ids),
-            "bad_words": None if self.bad_words is None else list(self.bad_words),
-            "allowed_token_ids": None if self.allowed_token_ids is None else list(self.allowed_token_ids),
+            "stop": [self.stop_words] if isinstance(self.stop_words, str) else _listed(self.stop_words),
+            "stop_token_ids": _listed(self.stop_token_ids),
+            "bad_words": [self.bad_words] if isinstance(self.bad_words, str) else _listed(self.bad_words),
+            "allowed_token_ids": _listed(self.allowed_token_ids),
             "logit_bias": None if self.logit_bias is None else {str(i): addend for i, addend in self.logit_bias.items()},
             "skip_special_tokens": self.skip_special_tokens,
             "include_stop_str_in_output": self.include_stop_str_in_output,
@@ -115,6 +115,14 @@ class GenerationConfig:
         if chat and self.chat_template_kwargs is not None:
             fields["chat_template_kwargs"] = dict(self.chat_template_kwargs)
         return {name: value for name, value in fields.items() if value is not None}
+
+
+# fields of a request -> what GenerationConfig calls them
+CALLED = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "random_seed", "stop": "stop_words"}
+
+
+def _listed(values: Sequence[Any] | None) -> list[Any] | None:
+    return None if values is None else list(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +149,11 @@ class ChatTemplateConfig:
         text = str(file_or_string)
         if not text.lstrip().startswith("{"):
             text = Path(file_or_string).read_text(encoding="utf-8")
-        given = json.loads(text)
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            what = "The chat template" if text is file_or_string else file_or_string
+            raise ValueError(f"{what}: is no JSON: {error}.") from None
         if not isinstance(given, dict):
             raise ValueError("A chat template is a JSON object with the keys of ChatTemplateConfig.")
         given.pop("model_path", None)  # LMDeploy writes it; it chooses nothing
@@ -378,9 +390,16 @@ class Pipeline:
     async def _one(self, index: int, prompt: Prompt, config: GenerationConfig, templated: bool) -> AsyncGenerator[Response, None]:
         if isinstance(prompt, str) and templated and self.model.loaded.template is not None:
             prompt = [{"role": "user", "content": prompt}]
+        from api.errors import ApiError, bad
+
         chat = bool(prompt) and isinstance(prompt[0], Mapping)
         wanted = -1 if config.logprobs is None else config.logprobs
-        answer = await self.model.submit(prompt, config.body(chat=chat), logprobs=wanted, default_tokens=DEFAULT_NEW_TOKENS)
+        try:
+            answer = await self.model.submit(prompt, config.body(chat=chat), logprobs=wanted, default_tokens=DEFAULT_NEW_TOKENS)
+        except ApiError as error:  # under the names that the caller wrote
+            if error.param not in CALLED:
+                raise
+            raise bad(error.param, str(error).replace(error.param, CALLED[error.param]), error.code) from None
         taken = 0
         try:
             choice = answer.choices[0]
@@ -400,6 +419,8 @@ def _prompt_list(prompts: Any) -> tuple[bool, list[Prompt]]:
     """(whether it is one prompt, all of them)."""
     if isinstance(prompts, str):
         return True, [prompts]
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise ValueError(f"A prompt is a text, a list of messages or a list of ids, not {type(prompts).__name__}.")
     prompts = list(prompts)
     if any(isinstance(item, tuple) for item in prompts):
         raise ValueError("A prompt is text: images and other media come in a later version.")
@@ -410,6 +431,8 @@ def _prompt_list(prompts: Any) -> tuple[bool, list[Prompt]]:
 def _per_prompt(gen_config: GenerationConfig | Sequence[GenerationConfig] | None, count: int) -> list[GenerationConfig]:
     if gen_config is None or isinstance(gen_config, GenerationConfig):
         return [gen_config or GenerationConfig()] * count
+    if isinstance(gen_config, Mapping) or not all(isinstance(config, GenerationConfig) for config in gen_config):
+        raise ValueError("gen_config must be a GenerationConfig, or a list with one for each prompt.")
     if len(gen_config) != count:
         raise ValueError(f"There are {count} prompts and {len(gen_config)} GenerationConfigs; give one, or one for each.")
     return list(gen_config)

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import multiprocessing
 import os
 import resource
 import signal
+import socket
 import stat
 import threading
 from collections.abc import Callable, Coroutine
@@ -123,7 +125,7 @@ class Server:
             tls = tls_context(server.ssl_certfile, server.ssl_keyfile)
             port = await self.listener.start(server.server_name, server.server_port, tls)
         except OSError as error:
-            log.error("cannot listen on %s port %d: %s", server.server_name, server.server_port, error.strerror or error)
+            log.error("cannot listen on %s port %d: %s", server.server_name, server.server_port, _listen_reason(error))
             return EXIT_CONFIG
         scheme, host = "https" if tls else "http", server.server_name
         address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
@@ -230,6 +232,18 @@ class Server:
         task = asyncio.create_task(work)
         self._tasks.append(task)
         return task
+
+
+def _listen_reason(error: OSError) -> str:
+    """What is wrong, and the knob that mends it."""
+    if isinstance(error, socket.gaierror):
+        return "there is no such host; change server.server_name"
+    known = {
+        errno.EADDRINUSE: "another program listens there; change server.server_port",
+        errno.EADDRNOTAVAIL: "this machine has no such address; change server.server_name",
+        errno.EACCES: "this user may not; change server.server_port to 1024 or more",
+    }
+    return known.get(error.errno or 0) or error.strerror or str(error)
 
 
 async def _in_daemon_thread(work: Callable[[], T]) -> T:

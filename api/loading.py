@@ -60,6 +60,7 @@ def with_local_files(config: Config) -> Config:
     says. Other local paths stay as they are."""
     path = config.model.path
     if not path or Path(path).exists() or not HUB_NAME.fullmatch(path):
+        _check_path(path)
         return with_workspace(config)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -73,8 +74,29 @@ def with_local_files(config: Config) -> Config:
             allow_patterns=list(HUB_FILES),
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{path}: no such file, and the hub does not give it: {type(error).__name__}.") from error
+        raise ModelError(f"{path}: there is no such file or folder here, and the hub {_hub_reason(error)}.") from error
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=folder, revision="", download_dir=""))
+
+
+def _check_path(path: str) -> None:
+    """A sentence for what is plainly no model, before its bytes are looked at."""
+    place = Path(path)
+    if not path or is_workspace(place):
+        return
+    if not place.exists():
+        raise ModelError(f"{path}: there is no such file or folder; a name of the hub is written owner/name.")
+    if place.is_dir() and not (place / "config.json").exists():
+        files = sorted(file.name for file in place.glob("*.gguf"))
+        hint = f"; did you mean {place / files[0]}?" if files else "; a Hugging Face model's folder has one."
+        raise ModelError(f"{path}: this folder has no config.json{hint}")
+    if place.is_file() and place.suffix == ".safetensors":
+        raise ModelError(f"{path}: is one file of a model; name its folder.")
+
+
+def _hub_reason(error: Exception) -> str:
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
+        return "has none of that name that may be read; private and gated ones need HF_TOKEN"
+    return f"cannot be asked from here ({type(error).__name__})"
 
 
 def load(config: Config) -> Loaded:

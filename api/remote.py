@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from config.checks import is_loopback
+from config.errors import ConfigError
 from config.load import ENV_PREFIX, all_knobs, toml_value
 from config.schema import Config
 
@@ -48,6 +49,8 @@ class APIClient:
     def __init__(self, api_server_url: str = "http://127.0.0.1:23333", api_key: str | None = None) -> None:
         url = api_server_url if "://" in api_server_url else f"http://{api_server_url}"
         parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"{api_server_url}: is no address of a server; write http://HOST:PORT.")
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "", parts.hostname or "")  # reached over loopback
         port = f":{parts.port}" if parts.port else ""
         self.url = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}{parts.path.rstrip('/')}"
@@ -223,8 +226,8 @@ class RunningServer(APIClient):
             while not self.is_ready():
                 code = self.process.poll()
                 if code is not None:
-                    why = ENDINGS.get(code, "see its last lines above")
-                    raise RuntimeError(f"The server ended with exit code {code} before it was ready: {why}.")
+                    why = ENDINGS.get(code, "something else went wrong")
+                    raise RuntimeError(f"The server ended with exit code {code} before it was ready: {why} (its own words are above).")
                 time.sleep(POLL_S)
         except BaseException:
             self.close()

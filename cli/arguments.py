@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from config.names import SAME
+
 # flag of the past (dashes) -> flag of today
 RENAMED = {
     "--instance-num": "--max-batch-size",
@@ -34,6 +36,7 @@ OTHERWISE = {
     "--device-memory-utilization": ", a share of what is free after the weights, not of all memory",
 }
 EXIT_USAGE = 2
+KINDS: dict[Any, str] = {int: "a whole number", float: "a number"}
 
 
 def modern(argv: Sequence[str], note: Callable[[str], None]) -> list[str]:
@@ -101,7 +104,36 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help().rstrip() or f"nothing in {self.prog} --help has {word!r} in it"
 
     def error(self, message: str) -> NoReturn:
+        _, missing, names = message.partition("the following arguments are required: ")
+        if missing:
+            usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
+            message = f"{names.replace(', ', ' and ')} {'are' if ', ' in names else 'is'} missing; write {usage}"
         self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
+
+    # argparse's own sentences, in our words: what was written, what it must be, what is nearest
+
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        try:
+            return super()._match_argument(action, arg_strings_pattern)
+        except argparse.ArgumentError:
+            shown = action.metavar if isinstance(action.metavar, str) else "|".join(map(str, action.choices or ())) or "a value"
+            many = " (one or more)" if action.nargs == "+" else ""
+            raise argparse.ArgumentError(None, f"{_name(action)} needs {shown}{many} after it") from None
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            kind = KINDS.get(action.type)
+            raise argparse.ArgumentError(None, f"{_name(action)} {arg_string}: must be {kind}") if kind else error from None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        choices = [str(choice) for choice in action.choices or ()]
+        if choices and str(value) not in choices:
+            known = SAME.get(str(value).lower(), "")
+            near = [known] if known in choices else difflib.get_close_matches(str(value), choices, 1, 0.6)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentError(None, f"{_name(action)} {value}: must be one of {', '.join(choices)}{hint}")
 
     def _unknown(self, word: str) -> str:
         name = word.partition("=")[0]
@@ -110,6 +142,10 @@ class Parser(argparse.ArgumentParser):
         options = [option for action in self._actions for option in action.option_strings]
         near = difflib.get_close_matches(name, options, 1, 0.6)
         return f"there is no flag {name}" + (f"; did you mean {near[0]}?" if near else f"; {self.prog} --help lists them")
+
+
+def _name(action: argparse.Action) -> str:
+    return action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
 
 
 class Formatter(argparse.HelpFormatter):

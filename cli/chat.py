@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = words[1:]
     args = parser().parse_args(words)
     if args.url and args.model_path:
-        raise UsageError("numbatch chat: either a model or --url, not both.")
+        raise UsageError("either a model or --url, not both.")
     if args.url:
         return over_http(args.url, args)
     if not args.model_path and args.flag_device != "mock" and args.config is None:
-        raise UsageError("numbatch chat: name a model (folder, GGUF file or hub name), or a server with --url.")
+        raise UsageError("name a model (folder, GGUF file or hub name), or a server with --url.")
     return in_process(args, by_name=bool(old))
 
 

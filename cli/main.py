@@ -74,6 +74,11 @@ def overview(prog: str, commands: dict[str, Command]) -> str:
     return "\n".join(lines)
 
 
+def looks_like_a_model(word: str) -> bool:
+    """A path or a hub name where a command should stand, as `vllm serve MODEL` has it."""
+    return "/" in word or word.endswith(".gguf") or os.path.exists(word)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (2: the command line or the configuration cannot be used)."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -90,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if words[0] in ("--version", "-V") and commands is COMMANDS:
                 print(f"numbatch {VERSION}")
                 return 0
+            if commands is SERVE and words[0] not in commands and looks_like_a_model(words[0]):
+                raise UsageError(f"to serve a model, write numbatch serve api_server {words[0]}")
+            if words[0].startswith("-"):
+                raise UsageError(f"{words[0]}: there is no such flag before a command; {prog} --help lists the commands")
             name = choose(words.pop(0), list(there(commands)), "command")
             prog, command = f"{prog} {name}", commands[name]
             if not command.below:

@@ -10,14 +10,34 @@ import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
-from config.load import LoadedConfig, load_config
+from config.load import ELSEWHERE, LoadedConfig, all_knobs, load_config
 from config.version import VERSION
+
+
+class _Parser(argparse.ArgumentParser):
+    """One sentence for wrong usage."""
+
+    def error(self, message: str) -> NoReturn:
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        word = words.split(" ")[0]
+        name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        key = ELSEWHERE.get(name) or next((knob.key for knob in all_knobs() if knob.name == name), "")
+        if not unknown:
+            message = message.removeprefix("argument ")
+        elif not word.startswith("-"):
+            message = f"{word}: there is no place for this word; write --config FILE, or --set model.path=PATH for a model"
+        elif key:
+            message = f"{word}: there is no such flag; write --set {key}=VALUE"
+        else:
+            message = f"{word}: there is no such flag; knobs are --set section.key=VALUE (docs/config.md)"
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parser(prog: str = "server.py") -> argparse.ArgumentParser:
     """Flags: --config --set --insecure --stop-with-stdin --check --print-effective --plan --version. Wrong usage exits with code 2."""
-    cli = argparse.ArgumentParser(
+    cli = _Parser(
         prog=prog,
         description="Serve a language model behind an OpenAI-compatible port.",
         epilog="Every knob: docs/config.md. Precedence: --set, then NUMBATCH_SECTION_KEY, then the file, then the default.",

@@ -38,9 +38,19 @@ def configured(
     if model_path:
         given["model.path"] = str(model_path)
     file = None if config is None else Path(config)
-    loaded = load_config(file, sets=knob_texts(given))
+    try:
+        loaded = load_config(file, sets=knob_texts(given))
+    except ConfigError as error:
+        raise ConfigError(_as_called(str(error))) from None
     unset = {key: value for key, value in (defaults or {}).items() if loaded.origins[key] == "default"}
     return load_config(file, sets=knob_texts({**unset, **given})) if unset else loaded
+
+
+def _as_called(message: str) -> str:
+    """A refusal of a call names no command line: `engine.tp: must be ...`, not `--set:engine.tp: must be ...`."""
+    if message.startswith("default:model.path: is empty"):
+        return "model_path: is empty; name a Hugging Face folder, a GGUF file or a hub name."
+    return message.removeprefix("--set:")
 
 
 def knob_texts(knobs: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any, get_type_hints
 
 from config.checks import contradictions
 from config.errors import ConfigError
+from config.names import SAME
 from config.schema import Config
 
 MAX_FILE_BYTES = 1 << 16
@@ -271,7 +272,9 @@ def check_value(knob: Knob, raw: Any, where: str) -> Any:
     """`raw` as the knob's exact type, finite, in range, one of the choices; else `ConfigError`."""
     value = _typed(knob, raw, where)
     if knob.choices and value not in knob.choices:
-        near = difflib.get_close_matches(str(value), [str(c) for c in knob.choices], 1) if knob.type is str else []
+        known = SAME.get(str(value).lower())
+        texts = [str(choice) for choice in knob.choices]
+        near = [known] if known in texts else difflib.get_close_matches(str(value), texts, 1) if knob.type is str else []
         allowed = ", ".join(str(choice) for choice in knob.choices)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{where}: must be one of {allowed}; not {_shown_value(knob, value)}.{hint}")

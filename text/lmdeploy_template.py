@@ -131,6 +131,10 @@ def load_lmdeploy_template(path: Path) -> LMDeployTemplate:
     if not isinstance(name, str):
         raise FormatError(path.name, "model_name", "is not a string")
     values = {**BUILT_IN.get(name, {}), **{k: v for k, v in given.items() if k not in IGNORED_KEYS}}
+    if name and not values:
+        near = difflib.get_close_matches(name, BUILT_IN, 1, 0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; built in are {', '.join(BUILT_IN)}"
+        raise FormatError(path.name, "model_name", f"{printable(name)!r} is no built-in template, and the file has no markers{hint}")
     known = {f.name for f in fields(LMDeployTemplate)}
     for key, value in values.items():
         if key not in known:

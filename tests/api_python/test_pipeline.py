@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from config.errors import ConfigError
+from formats.errors import FormatError
 from numbatch import ChatTemplateConfig, EngineConfig, GenerationConfig, Pipeline, Response, pipeline
 from tests.api.harness import serving
 
@@ -122,7 +123,9 @@ def test_it_samples_when_it_is_told_how(config: GenerationConfig, fields: dict[s
         (GenerationConfig(n=2), "n must be 1, not 2"),
         (GenerationConfig(do_sample=False, temperature=0.7), "do_sample = False is greedy, where temperature means nothing"),
         (GenerationConfig(top_p=3.0), "top_p must be between 0 and 1"),
-        (GenerationConfig(max_new_tokens=100000), "max_tokens must be between"),
+        (GenerationConfig(max_new_tokens=100000), "max_new_tokens must be between"),
+        (GenerationConfig(random_seed=-1), "random_seed must be between"),
+        (GenerationConfig(max_new_tokens=2, min_new_tokens=9), "min_new_tokens is 9, more than"),
         (GenerationConfig(logprobs=1000), "logprobs must be at most request.max_top_logprobs = 20"),
         (GenerationConfig(stop_words=[""]), "holds an empty string"),
     ],
@@ -134,11 +137,34 @@ def test_what_cannot_be_is_a_value_error(pipe: Pipeline, config: GenerationConfi
 
 
 def test_one_bad_prompt_of_many_ends_the_others(pipe: Pipeline) -> None:
-    with pytest.raises(ValueError, match="prompt holds an id outside|holds an id outside"):
+    with pytest.raises(ValueError, match=r"prompt\[0\] is 1000000; this vocabulary has the ids 0 to 259"):
         pipe([[1, 2], [10**6]], GenerationConfig(max_new_tokens=400, ignore_eos=True))
     settled(pipe)
     with pytest.raises(ValueError, match="images and other media"):
         pipe([("look", "picture.png")])
+
+
+def test_arguments_of_another_kind_are_a_value_error(pipe: Pipeline) -> None:
+    for prompt in (5, None, {"role": "user", "content": "x"}):
+        with pytest.raises(ValueError, match="A prompt is a text, a list of messages or a list of ids, not (int|NoneType|dict)"):
+            pipe(prompt)
+    for config in ({"temperature": 1}, ["x"]):
+        with pytest.raises(ValueError, match="gen_config must be a GenerationConfig"):
+            pipe("x", config)
+
+
+def test_one_stop_word_may_be_a_text(pipe: Pipeline) -> None:
+    one, listed = (GenerationConfig(max_new_tokens=40, ignore_eos=True, stop_words=stop) for stop in ("ab", ["ab"]))
+    assert one.body(chat=True) == listed.body(chat=True)
+    assert GenerationConfig(bad_words="ab").body(chat=True)["bad_words"] == ["ab"]
+
+
+def test_a_template_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("# no JSON")
+    with pytest.raises(ValueError, match="x.json: is no JSON: Expecting value"):
+        ChatTemplateConfig.from_json(tmp_path / "x.json")
+    with pytest.raises(FormatError, match="'qwenn' is no built-in template, and the file has no markers; did you mean 'qwen'"):
+        pipeline(device="mock", chat_template_config=ChatTemplateConfig(model_name="qwenn"))
 
 
 def test_a_conversation_remembers(pipe: Pipeline) -> None:

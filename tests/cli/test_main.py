@@ -149,7 +149,7 @@ def test_the_guard_knows_every_room() -> None:
         (["chat"], "numbatch chat: name a model (folder, GGUF file or hub name), or a server with --url."),
         (["fetch", "llama"], "numbatch fetch: MODEL llama: must be one of smollm2"),
         (["check_env", "--foo"], "numbatch check_env: there is no flag --foo"),
-        (["chat", "--url", "ftp://x"], "numbatch: ftp://x: is no address of a server; write http://HOST:PORT."),
+        (["chat", "--url", "ftp://x"], "numbatch chat: ftp://x: is no address of a server; write http://HOST:PORT."),
         (["chat", "/no/model"], "numbatch chat: /no/model: there is no such file or folder; a name of the hub is written owner/name."),
         (["chat", "docs"], "numbatch chat: docs: this folder has no config.json; a Hugging Face model's folder has one."),
     ],

@@ -30,12 +30,22 @@ def test_a_public_bind_needs_the_flag(root: Path) -> None:
         load(args, {})
 
 
-@pytest.mark.parametrize("argv", [["--conf", "x"], ["--check", "--plan"], ["stray"], ["--set"]])
-def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--conf", "x"], "--conf: there is no such flag; knobs are --set section.key=VALUE (docs/config.md)"),
+        (["--port", "8000"], "--port: there is no such flag; write --set server.server_port=VALUE"),
+        (["--tp=2"], "--tp=2: there is no such flag; write --set engine.tp=VALUE"),
+        (["x.toml"], "x.toml: there is no place for this word; write --config FILE, or --set model.path=PATH for a model"),
+        (["--check", "--plan"], "--plan: not allowed with argument --check"),
+        (["--set"], "--set: expected one argument"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_one_sentence(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parser().parse_args(argv)
     assert caught.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"server.py: {sentence}\n"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

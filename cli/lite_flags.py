@@ -91,7 +91,8 @@ def open_model(args: Any) -> Source:
     from config.schema import Config
     from quant.source import open_source
 
-    loaded: Config = configured(args.model, revision=args.revision, download_dir=args.download_dir).config
+    kept = "" if Path(args.model).exists() else args.download_dir  # of a model on disk it is for the dataset alone
+    loaded: Config = configured(args.model, revision=args.revision, download_dir=kept).config
     return open_source(Path(with_local_files(loaded).model.path))
 
 

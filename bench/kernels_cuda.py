@@ -19,7 +19,8 @@ import torch
 
 from bench import peers
 from bench.gpu_time import Call, copies, relative_error
-from engine import awq, reference
+from engine import awq, kv_quant, reference
+from engine.cache.layout import KVLayout
 from engine.cuda import ceilings
 from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
 from engine.cuda.kv_store import RopeStore
@@ -244,27 +245,46 @@ class CudaBench:
         blocks = -(-context // self.shapes.block_seq_len)
         return self.rng.permutation(rows * blocks).astype(np.int32).reshape(rows, blocks)
 
-    def attended(self, q: torch.Tensor, pool: torch.Tensor, table: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """The reference's answer for queries [n, heads, head_dim] of one row at `positions`."""
-        blocks = pool[torch.from_numpy(table).long().to(pool.device)].float().cpu().numpy()
+    def code_pools(self, blocks: int, seen_bytes: float, layout: KVLayout) -> list[torch.Tensor]:
+        """The same of random codes, with scales of 1 / 16 to 1 / 8 and zeros of that size."""
+        made, place = [], {"device": self.device.torch_device, "generator": self.generator}
+        pairs = slice(layout.pairs_at, layout.pairs_at + 8 * layout.num_kv_heads * layout.block_seq_len)
+        for _ in range(copies(seen_bytes)):
+            pool = torch.randint(0, 256, (blocks + 1, layout.layer_block_bytes), dtype=torch.uint8, **place)
+            words = torch.randint(0, 128, (blocks + 1, pairs.stop // 4 - pairs.start // 4), dtype=torch.int32, **place)
+            pool[:, pairs] = (words | 0x3D803D80).view(torch.uint8).view(len(pool), -1)  # bfloat16: 7 random bits of the scale
+            made.append(pool)
+        return made
+
+    def attended(
+        self, q: torch.Tensor, pool: torch.Tensor, table: np.ndarray, positions: np.ndarray, layout: KVLayout | None = None
+    ) -> np.ndarray:
+        """The reference's answer for queries [n, heads, head_dim] of one row at `positions`; layout: of a quantized pool."""
+        own = pool[torch.from_numpy(table).long().to(pool.device)].cpu()
+        blocks = own.float().numpy() if layout is None else kv_quant.values(own.numpy(), layout)
         k, v = reference.gather_kv(blocks, np.arange(len(table)), int(positions[-1]) + 1)
         return reference.attend(q.float().cpu().numpy(), k, v, positions, 0).reshape(len(positions), -1)
 
     def decode_attention(self) -> None:
-        for count, context in self.shapes.decode:
-            self._decode_case(count, context)
-
-    def _decode_case(self, count: int, context: int) -> None:
         s = self.shapes
+        for count, context in s.decode:
+            for bits in (bits for bits in (0, 8, 4) if s.head_dim * bits % 256 == 0):  # what the kernels take
+                self._decode_case(count, context, bits)
+
+    def _decode_case(self, count: int, context: int, bits: int) -> None:
+        """bits: of a quantized pool, else 0."""
+        s = self.shapes
+        layout = KVLayout(1, s.kv_heads, s.head_dim, s.block_seq_len, self.dtype, bits)
         op = PagedDecode(
             self.library, **self._heads, block_seq_len=s.block_seq_len, dtype=self.dtype, max_rows=max(s.max_rows, count),
-            multiprocessors=self.device.multiprocessors, cc=self.device.cc,
+            multiprocessors=self.device.multiprocessors, cc=self.device.cc, bits=bits,
         )  # fmt: skip
         self.library.load(op.variants)
         op.bind(torch.empty(op.scratch_bytes, dtype=torch.uint8, device=self.device.torch_device))
         host = self.tables(count, context)
-        kv_bytes = 4.0 * count * context * s.kv_heads * s.head_dim
-        pools, tables = self.pools(host.size, kv_bytes), self.ints(host)
+        kv_bytes = count * context * layout.layer_block_bytes / s.block_seq_len
+        pools = self.code_pools(host.size, kv_bytes, layout) if bits else self.pools(host.size, kv_bytes)
+        tables = self.ints(host)
         q = self.random(count, (s.heads + 2 * s.kv_heads) * s.head_dim)
         out = self.poisoned(count, s.heads * s.head_dim)
         contexts, slots = self.ints([context] * count), self.ints(range(count))
@@ -273,14 +293,16 @@ class CudaBench:
         errors = []
         for row in {0, count - 1}:
             heads = q[row, : s.heads * s.head_dim].view(1, s.heads, s.head_dim)
-            errors.append(relative_error(out[row : row + 1], self.attended(heads, pools[0], host[row], np.array([context - 1]))))
+            true = self.attended(heads, pools[0], host[row], np.array([context - 1]), layout if bits else None)
+            errors.append(relative_error(out[row : row + 1], true))
         case, flop = f"{count} x {context:,}", 4.0 * count * context * s.heads * s.head_dim
         peer = peers.DECODE_ATTENTION.get((count, context))
         self.measure(
-            "decode attention", case, [lambda p=p: op(q, p, tables, out) for p in pools], nbytes=kv_bytes + 2 * q.nbytes, flop=flop,
-            error=max(errors), peer_us=peer,
+            f"decode attention int{bits}" if bits else "decode attention", case, [lambda p=p: op(q, p, tables, out) for p in pools],
+            nbytes=kv_bytes + 2 * q.nbytes, flop=flop, error=max(errors), peer_us=None if bits else peer,
         )  # fmt: skip
-        self.measure("decode schedule", case, [lambda: op.schedule(contexts, slots, count)])
+        if not bits:
+            self.measure("decode schedule", case, [lambda: op.schedule(contexts, slots, count)])
 
     def prompt_attention(self) -> None:
         for count, length in self.shapes.prompts:

@@ -1,11 +1,13 @@
 """Attention of one query token a row over the paged pool: `attend` over `gather_kv` of `engine/reference.py`, decode rows.
 
-Layout (16 bits an element unless said)
+Layout (16 bits an element unless said; the pool of a layer may be quantized, `engine/cache/layout.py`)
 
     q, out [R, heads, head_dim] with a stride between rows          pool of a layer [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim]
     tables int32 [slots + 1, blocks_per_slot]                       shares, rows int32: `engine/cuda/attention_schedule.py`
     partials float32 [shares, head sets, sections, record]          record: numerators [heads of a set, head_dim], then
     counters uint32 [shares, head sets], 0 between launches             (maximum, denominator) of each head
+
+A quantized pool's tiles are worked through by `engine/cuda/decode_quantized.py`; all else is the same.
 
 A head set is up to 16 query heads that share a KV head: the columns of the tensor-core products.
 
@@ -34,9 +36,11 @@ import math
 
 import torch
 
+from engine.cache.layout import KVLayout
 from engine.cuda import ptx
 from engine.cuda.attention_schedule import ROW_INTS, SHARE_INTS
-from engine.cuda.attention_tiles import TILE, pitch, sixteen_bits, tile_bytes
+from engine.cuda.attention_tiles import TILE, check_pool, code_tile_bytes, pitch, quantized, sixteen_bits, tile_bytes
+from engine.cuda.decode_quantized import TileMath, quantized_math
 from engine.cuda.launch import Kernel, Library, Variant
 from engine.cuda.target import cuda, pointer, types
 from engine.cuda.tuning_attention import DecodeShape, decode_shape
@@ -64,28 +68,36 @@ def record_floats(set_heads: int, head_dim: int) -> int:
 
 
 def paged_decode(
-    kv_heads: int, group: int, head_dim: int, block_seq_len: int, dtype: str, sections: int, warps: int, stages: int, blocks: int
-) -> Kernel:
-    """(q, elements between rows, pool of a layer, tables, entries of a slot, shares, rows, partials, counters, out)."""
+    kv_heads: int, group: int, head_dim: int, block_seq_len: int, dtype: str, sections: int, warps: int, stages: int, blocks: int,
+    bits: int = 0,
+) -> Kernel:  # fmt: skip
+    """(q, elements between rows, pool of a layer, tables, entries of a slot, shares, rows, partials, counters, out); bits: of a
+    quantized pool, else 0."""
     set_heads = heads_of_set(group, head_dim, warps)
     sets_of_kv = -(-group // set_heads)
     sets = kv_heads * sets_of_kv
     columns = -(-set_heads // 8)  # tiles of 8 heads
     steps = head_dim // 16  # tiles of 16 dims
-    row_pitch, value_at, slot_bytes = pitch(head_dim), TILE * pitch(head_dim), tile_bytes(head_dim)
+    row_pitch, value_at = pitch(head_dim), TILE * pitch(head_dim)
+    slot_bytes = code_tile_bytes(head_dim, bits) if bits else tile_bytes(head_dim)
     threads = 32 * warps
-    ring_bytes = stages * slot_bytes
-    flag_at = warps * ring_bytes  # one word after the rings
+    slots_bytes = stages * slot_bytes
     # what a warp leaves in the slot it read last: numerators [set_heads, head_dim + 4 floats], then maxima and denominators
     left_pitch = 4 * (head_dim + 4)
     pairs_at = 16 * left_pitch if columns == 2 else 8 * left_pitch
+    left_bytes = 0
+    if bits:  # a slot of codes is too small: they have a place of their own after a ring
+        pairs_at = set_heads * left_pitch
+        left_bytes = pairs_at + 8 * set_heads
+    ring_bytes = -(-(slots_bytes + left_bytes) // 16) * 16
+    flag_at = warps * ring_bytes  # one word after the rings
     pieces = -(-set_heads * head_dim // 4 // threads)  # of 4 numerators that a thread folds
     all_pieces = set_heads * head_dim // 4
     record, record_pairs = record_floats(set_heads, head_dim), set_heads * head_dim
     scale = f32(head_dim**-0.5 * LOG2_E)
     nothing, zero = f32(NOTHING), f32(0.0)
     mma, pack, wait = ptx.MMA[dtype], ptx.PACK[dtype], ptx.COPY_WAIT[stages - 1]
-    pool_format = sixteen_bits(kv_heads, head_dim, block_seq_len)
+    pool_format = quantized(kv_heads, head_dim, block_seq_len, bits) if bits else sixteen_bits(kv_heads, head_dim, block_seq_len)
     find_tile, copy_tile = pool_format.find, pool_format.copy
     query_words, fragments, totals = columns * steps * 2, columns * steps * 4, pieces * 4
     score_words = columns * 4
@@ -94,7 +106,7 @@ def paged_decode(
     batch_totals, batch_pairs = batch * 4, batch * 2
     lane_steps = (4, 8, 16)
     out_stride = kv_heads * group * head_dim
-    if pairs_at + 16 * 8 > slot_bytes:
+    if not bits and pairs_at + 16 * 8 > slot_bytes:
         raise ValueError(f"head_dim {head_dim}: a slot of {slot_bytes} bytes does not hold a warp's sums")
 
     @cuda.jit(device=True, inline="always")
@@ -122,10 +134,17 @@ def paged_decode(
     @cuda.jit(device=True, inline="always")
     def next_slot(slot, ring):  # type: ignore[no-untyped-def]
         after = u32(slot + u32(slot_bytes))
-        return ring if after == u32(ring + u32(ring_bytes)) else after
+        return ring if after == u32(ring + u32(slots_bytes)) else after
 
     @cuda.jit(device=True, inline="always")
-    def load_query(query, q, row, q_stride, first_head, some_heads, lane):  # type: ignore[no-untyped-def]
+    def place_lanes(places, lane):  # type: ignore[no-untyped-def]
+        """Where this lane's ldmatrix addresses point in a tile: K row (lane & 7) + 8 (lane bit 3), V row (lane & 7) + 8 (bit 4)."""
+        lane_8, bit_3, bit_4 = u32(lane & u32(7)), u32(u32(lane >> u32(3)) & u32(1)), u32(lane >> u32(4))
+        places[0] = u32(u32(lane_8 + bit_3 * u32(8)) * u32(row_pitch) + bit_4 * u32(16))
+        places[1] = u32(u32(lane_8 + bit_4 * u32(8)) * u32(row_pitch) + bit_3 * u32(16) + u32(value_at))
+
+    @cuda.jit(device=True, inline="always")
+    def load_query(query, asked, q, row, q_stride, first_head, some_heads, lane):  # type: ignore[no-untyped-def]
         """B fragments of the set's heads; heads that do not exist are zeros."""
         for n in range(columns):
             head = u32(u32(lane >> u32(2)) + u32(8 * n))
@@ -139,12 +158,12 @@ def paged_decode(
                 query[(n * steps + k) * 2 + 1] = b if inside else u32(0)
 
     @cuda.jit(device=True, inline="always")
-    def add_tile(slot, query, sums, top, under, scores, weights, keep, position, low, stop, key_at, data_at):  # type: ignore[no-untyped-def]
+    def add_tile(slot, query, asked, sums, top, under, shift, scores, weights, keep, position, low, stop, places, lane):  # type: ignore[no-untyped-def]
         """One online-softmax step over the 16 positions in `slot`; `position` is that of this lane's first score."""
         for i in range(score_words):
             scores[i] = zero
         for k in range(steps):
-            a0, a1, a2, a3 = ptx.load_matrix_4(u32(slot + key_at + u32(32 * k)))
+            a0, a1, a2, a3 = ptx.load_matrix_4(u32(slot + places[0] + u32(32 * k)))
             for n in range(columns):
                 i, w = 4 * n, (n * steps + k) * 2
                 scores[i], scores[i + 1], scores[i + 2], scores[i + 3] = mma(
@@ -168,7 +187,7 @@ def paged_decode(
             weights[2 * n] = ptx.move_matrix_transposed(pack(scores[4 * n], scores[4 * n + 1]))
             weights[2 * n + 1] = ptx.move_matrix_transposed(pack(scores[4 * n + 2], scores[4 * n + 3]))
         for k in range(steps):
-            a0, a1, a2, a3 = ptx.load_matrix_4_transposed(u32(slot + data_at + u32(32 * k)))
+            a0, a1, a2, a3 = ptx.load_matrix_4_transposed(u32(slot + places[1] + u32(32 * k)))
             for n in range(columns):
                 i = (n * steps + k) * 4
                 sums[i], sums[i + 1], sums[i + 2], sums[i + 3] = mma(
@@ -177,7 +196,7 @@ def paged_decode(
                 )  # fmt: skip
 
     @cuda.jit(device=True, inline="always")
-    def leave(slot, sums, top, under, lane):  # type: ignore[no-untyped-def]
+    def leave(slot, sums, top, under, shift, lane):  # type: ignore[no-untyped-def]
         """Write the warp's sums of a section over the tile it has read last: [set_heads, head_dim + 4], then pairs."""
         for n in range(columns):
             for j in range(2):
@@ -194,6 +213,11 @@ def paged_decode(
                     if lane < u32(4):
                         to = u32(slot + u32(pairs_at) + head * u32(8))
                         ptx.store_shared_64(to, ptx.bits_of_float(top[2 * n + j]), ptx.bits_of_float(total_under))
+
+    tiles = TileMath(place_lanes, load_query, add_tile, leave, 2)
+    if bits:
+        tiles = quantized_math(head_dim, bits, set_heads, dtype, NOTHING, left_pitch, pairs_at)
+    find_places, get_query, add, leave_sums, num_places = tiles
 
     @cuda.jit(device=True, inline="always")
     def join(left, head, part, joined):  # type: ignore[no-untyped-def]
@@ -272,6 +296,8 @@ def paged_decode(
         total, joined = cuda.local.array(totals, f32), cuda.local.array(4, f32)
         total_top, total_under = cuda.local.array(pieces, f32), cuda.local.array(pieces, f32)
         values, pairs = cuda.local.array(batch_totals, f32), cuda.local.array(batch_pairs, f32)
+        asked, shift = cuda.local.array(column_words, f32), cuda.local.array(column_words, f32)
+        places = cuda.local.array(num_places, u32)
         cursor, table, to = cuda.local.array(6, i32), cuda.local.array(1, u64), cuda.local.array(1, u32)
 
         thread = u32(cuda.threadIdx.x)
@@ -284,10 +310,7 @@ def paged_decode(
         kv_address, tables_address, rows_address = ptx.address(kv), ptx.address(tables), ptx.address(rows)
         own = u32(warp + u32(1))  # the warp's barrier
         ring, flag = u32(shared + warp * u32(ring_bytes)), u32(shared + u32(flag_at))
-        # where this lane's ldmatrix addresses point in a tile: K row (lane & 7) + 8 (lane bit 3), V row (lane & 7) + 8 (bit 4)
-        lane_8, bit_3, bit_4 = u32(lane & u32(7)), u32(u32(lane >> u32(3)) & u32(1)), u32(lane >> u32(4))
-        key_at = u32(u32(lane_8 + bit_3 * u32(8)) * u32(row_pitch) + bit_4 * u32(16))
-        data_at = u32(u32(lane_8 + bit_4 * u32(8)) * u32(row_pitch) + bit_3 * u32(16) + u32(value_at))
+        find_places(places, lane)
 
         s0, s1, s2, s3 = ptx.load_128(u64(ptx.address(shares) + u64(share) * u64(4 * SHARE_INTS)))
         first_row, first_section, last_row, last_stop = i32(s0), i32(s1), i32(s2), i32(s3)
@@ -316,7 +339,7 @@ def paged_decode(
             whole = begun == i32(0) and section_stop == row_sections
             owner = u32(owner * u32(sets) + head_set)
             records = u64(ptx.address(partials) + u64(u32(owner * u32(sections))) * u64(4 * record))
-            load_query(query, ptx.address(q), row, q_stride, first_head, some_heads, lane)
+            get_query(query, asked, ptx.address(q), row, q_stride, first_head, some_heads, lane)
             for i in range(pieces):
                 total_top[i], total_under[i] = nothing, zero
             for i in range(totals):
@@ -324,7 +347,7 @@ def paged_decode(
 
             while section < section_stop:
                 for i in range(column_words):
-                    top[i], under[i] = nothing, zero
+                    top[i], under[i], shift[i] = nothing, zero, zero
                 for i in range(fragments):
                     sums[i] = zero
                 strip = i32(section * length)
@@ -338,14 +361,17 @@ def paged_decode(
                     )  # fmt: skip
                     wait()
                     ptx.some_barrier(own, u32(32))
-                    add_tile(slot, query, sums, top, under, scores, weights, keep, position, low, stop, key_at, data_at)
+                    if bits == 0 or i32(position - i32(lane >> u32(2))) < stop:  # a tile of codes beyond it was not read
+                        add(slot, query, asked, sums, top, under, shift, scores, weights, keep, position, low, stop, places, lane)
                     ptx.some_barrier(own, u32(32))
                     position = i32(position + i32(warps * TILE))
                     read = slot
                     slot = next_slot(slot, ring)
                     strip = i32(strip + i32(1))
 
-                leave(read, sums, top, under, lane)
+                if bits > 0:
+                    read = u32(ring + u32(slots_bytes))
+                leave_sums(read, sums, top, under, shift, lane)
                 cuda.syncthreads()
                 left = u32(read - warp * u32(ring_bytes))
                 for i in range(pieces):
@@ -401,7 +427,8 @@ class PagedDecode:
     all layers with the same window; `schedule` runs once a step before the first of them.
 
     heads, kv_heads: of this rank. head_dim: a multiple of 16, to 256. multiprocessors, cc: of the card, they decide the grid.
-    max_rows: the most decode rows of a step. window: positions a token sees, 0 for all. `shape` overrides the tuning table.
+    max_rows: the most decode rows of a step. window: positions a token sees, 0 for all. `shape` overrides the tuning table. bits: 8 or
+    4 of a quantized pool (head_dim a multiple of 32 or 64), 0: it has the computing dtype.
     """
 
     def __init__(
@@ -418,6 +445,7 @@ class PagedDecode:
         *,
         window: int = 0,
         shape: DecodeShape | None = None,
+        bits: int = 0,
     ) -> None:
         if head_dim % 16 or not 16 <= head_dim <= 256:
             raise ValueError(f"head_dim is {head_dim}; a multiple of 16 from 16 to 256 is needed")
@@ -425,17 +453,17 @@ class PagedDecode:
             raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads evenly")
         if block_seq_len < 1 or max_rows < 1 or window < 0:
             raise ValueError(f"block_seq_len {block_seq_len}, max_rows {max_rows} and window {window}: at least 1, 1 and 0 are needed")
-        shape = shape or decode_shape(cc, head_dim)
+        shape = shape or decode_shape(cc, head_dim, bits)
         group = heads // kv_heads
         self._library, self._dtype = library, DTYPES[dtype]
-        self._position = (2, kv_heads, block_seq_len, head_dim)
+        self._layout = KVLayout(1, kv_heads, head_dim, block_seq_len, dtype, bits)
         self._width, self._max_rows = heads * head_dim, max_rows
         set_heads = heads_of_set(group, head_dim, shape.warps)
         self._sets = kv_heads * -(-group // set_heads)
         self._shares = max(1, shape.blocks * multiprocessors // self._sets)
         sections = shape.sections if self._sets > FEW_SETS else 2 * shape.sections
         self._partials = self._shares * self._sets * sections * record_floats(set_heads, head_dim)
-        constants = (kv_heads, group, head_dim, block_seq_len, dtype, sections, shape.warps, shape.stages, shape.blocks)
+        constants = (kv_heads, group, head_dim, block_seq_len, dtype, sections, shape.warps, shape.stages, shape.blocks, bits)
         self._decode = Variant(__name__, "paged_decode", constants)
         strip = shape.warps * TILE
         self._schedule = Variant("engine.cuda.attention_schedule", "decode_schedule", (strip, sections, window, self._shares, max_rows))
@@ -470,15 +498,18 @@ class PagedDecode:
     def __call__(self, q: torch.Tensor, pool: torch.Tensor, tables: torch.Tensor, out: torch.Tensor) -> None:
         """out[r] = attention of the query in the first heads * head_dim elements of q[r], for the rows of `schedule`.
 
-        q, out [R or more, >= heads * head_dim], pool one layer [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim], tables int32
+        q, out [R or more, >= heads * head_dim], pool one layer of `engine/cache/layout.py` with num_blocks + 1 blocks, tables int32
         [slots + 1, blocks_per_slot].
         """
-        if pool.shape[1:] != self._position or pool.dtype != self._dtype or not pool.is_contiguous():
-            raise ValueError(f"the pool is {pool.dtype} {tuple(pool.shape)}, not consecutive {self._dtype} [blocks, *{self._position}]")
+        check_pool(pool, self._layout)
         if q.dtype != self._dtype or out.dtype != self._dtype or q.stride(1) != 1 or not out.is_contiguous():
             raise ValueError(f"q is {q.dtype} {q.stride()}, out is {out.dtype} {out.stride()}; consecutive {self._dtype} rows are needed")
-        if q.shape[1] < self._width or out.shape[1] != self._width or q.stride(0) % 2 or tables.stride(1) != 1:
-            raise ValueError(f"q is {tuple(q.shape)} {q.stride()}; rows of at least {self._width} elements on 4-byte boundaries are needed")
+        apart = 8 if self._layout.quant_policy else 2  # elements
+        aligned = q.stride(0) % apart == 0 and q.data_ptr() % (2 * apart) == 0
+        if q.shape[1] < self._width or out.shape[1] != self._width or not aligned or tables.stride(1) != 1:
+            raise ValueError(
+                f"q is {tuple(q.shape)} {q.stride()}; rows of at least {self._width} elements on {2 * apart}-byte boundaries are needed"
+            )
         shares, rows, counters, partials = self._scratch
         self._library[self._decode](
             self._shares * self._sets, q, q.stride(0), pool, tables, tables.stride(0), shares, rows, partials, counters, out

@@ -39,6 +39,19 @@ DECODE: dict[tuple[int, int], dict[int, DecodeShape]] = {
     (8, 0): {64: DecodeShape(4, 4, 2), 128: DecodeShape(4, 2, 2), 256: DecodeShape(4, 2, 1)},
     (8, 6): {64: DecodeShape(4, 2, 2), 128: DecodeShape(4, 2, 1), 256: DecodeShape(2, 2, 1)},
 }
+# of codes a tile is a half or a quarter as large: by bits, then the same
+DECODE_QUANTIZED: dict[int, dict[tuple[int, int], dict[int, DecodeShape]]] = {
+    8: {
+        (9, 0): {64: DecodeShape(4, 4, 4), 128: DecodeShape(4, 3, 3), 256: DecodeShape(4, 3, 1)},
+        (8, 0): {64: DecodeShape(4, 4, 3), 128: DecodeShape(4, 3, 2), 256: DecodeShape(4, 3, 1)},
+        (8, 6): {64: DecodeShape(4, 4, 2), 128: DecodeShape(4, 3, 1), 256: DecodeShape(2, 3, 1)},
+    },
+    4: {
+        (9, 0): {64: DecodeShape(4, 6, 4), 128: DecodeShape(4, 4, 4), 256: DecodeShape(4, 3, 2)},
+        (8, 0): {64: DecodeShape(4, 4, 4), 128: DecodeShape(4, 4, 3), 256: DecodeShape(4, 3, 1)},
+        (8, 6): {64: DecodeShape(4, 4, 3), 128: DecodeShape(4, 3, 2), 256: DecodeShape(4, 3, 1)},
+    },
+}
 PROMPT: dict[tuple[int, int], dict[int, PromptShape]] = {
     (9, 0): {64: PromptShape(4, 2, 64, 2, 2), 128: PromptShape(4, 2, 64, 2, 2), 256: PromptShape(4, 1, 32, 2, 1)},
     (8, 0): {64: PromptShape(4, 2, 64, 2, 2), 128: PromptShape(8, 1, 64, 2, 1), 256: PromptShape(4, 1, 32, 2, 1)},
@@ -47,8 +60,9 @@ PROMPT: dict[tuple[int, int], dict[int, PromptShape]] = {
 SAME_AS = {(8, 7): (8, 6), (8, 9): (8, 6)}  # the same shared memory a multiprocessor, or near it
 
 
-def decode_shape(cc: tuple[int, int], head_dim: int) -> DecodeShape:
-    return _row(DECODE, cc, head_dim)
+def decode_shape(cc: tuple[int, int], head_dim: int, bits: int = 0) -> DecodeShape:
+    """bits: of a quantized pool, else 0."""
+    return _row(DECODE_QUANTIZED[bits] if bits else DECODE, cc, head_dim)
 
 
 def prompt_shape(cc: tuple[int, int], head_dim: int) -> PromptShape:

@@ -1,0 +1,85 @@
+"""Attention kernels over a quantized pool against engine/reference.py, in the emulator: what no token wrote is NaN."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine import kv_quant, reference
+from engine.cache.layout import KVLayout
+from engine.cuda.launch import Library
+from engine.cuda.paged_attention import PagedDecode
+from engine.cuda.tuning_attention import DecodeShape
+from tests.engine.cuda.test_attention import CC, Card, World
+from tests.ptx.device import KERNELS
+
+# relative, of a row: q and P are rounded to 11 bits, the answer to 8 or 11; the codes are what they are
+TOLERANCE = {"bfloat16": 4e-3, "float16": 1.5e-3}
+SMALL = DecodeShape(warps=2, stages=3, blocks=1)
+
+
+@pytest.fixture(scope="module")
+def library():
+    return Library(Card(CC), KERNELS)
+
+
+class Quantized(World):
+    """`World` with its pool in few bits; K and V have a mean, and V's size differs from token to token."""
+
+    def __init__(self, heads, kv_heads, head_dim, bsl, dtype, contexts, counts=None, *, bits, seed=0):
+        super().__init__(heads, kv_heads, head_dim, bsl, dtype, contexts, counts, seed)
+        rng = np.random.default_rng(seed + 1)
+        self.bits, self.layout = bits, KVLayout(1, kv_heads, head_dim, bsl, dtype, bits)
+        sizes = np.exp(rng.standard_normal((len(self.pool), 1, kv_heads, bsl, 1)) * np.array([0, 3])[None, :, None, None, None])
+        means = rng.standard_normal((1, 2, kv_heads, 1, head_dim)) + 0.5
+        values = (self.pool.float().numpy() + means) * sizes
+        layer = np.full(self.layout.shape(len(values))[1:], 255, np.uint8)
+        kv_quant.store(layer, self.layout, values.astype(np.float32))
+        self.values = kv_quant.values(layer, self.layout)
+        self.pool = torch.from_numpy(layer)
+
+    def wanted(self, row, window):
+        tokens = slice(self.starts[row], self.starts[row + 1])
+        q = self.q[tokens, : self.heads * self.head_dim].float().numpy().reshape(-1, self.heads, self.head_dim)
+        table = self.tables[self.slots[row]].numpy()[: -(-self.contexts[row] // self.bsl)]
+        k, v = reference.gather_kv(self.values[table], np.arange(len(table)), self.contexts[row])
+        return reference.attend(q, k, v, self.positions[tokens], window).reshape(len(q), -1)
+
+    def check(self, out, window=0, rows=None):
+        assert out[self.starts[-1] :].isnan().all()
+        for row in range(len(self.contexts)) if rows is None else rows:
+            got, wanted = out[self.starts[row] : self.starts[row + 1]].float().numpy(), self.wanted(row, window)
+            error = np.linalg.norm(got - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+            assert (error < TOLERANCE[self.dtype]).all(), f"context {self.contexts[row]}, {self.counts[row]} tokens: {error.max()}"
+
+    def decoder(self, library, window=0, multiprocessors=4, shape=None):
+        op = PagedDecode(
+            library, self.heads, self.kv_heads, self.head_dim, self.bsl, self.dtype, 512, multiprocessors, CC, window=window, shape=shape,
+            bits=self.bits,
+        )  # fmt: skip
+        op.bind(torch.full((op.scratch_bytes,), 255, dtype=torch.uint8))
+        return op
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("window", [0, 5, 200])
+def test_decode_of_every_context_in_one_batch(library, bits, window):
+    world = Quantized(4, 1, 64, 16, "bfloat16", [*range(1, 70), *range(70, 300, 9), 1023, 1024, 1025], bits=bits)
+    world.check(world.decode(world.decoder(library, window, multiprocessors=50, shape=SMALL)), window)
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, bsl, dtype, contexts, bits",
+    [
+        (8, 2, 128, 64, "bfloat16", [1, 129, 400], 8),
+        (8, 2, 128, 64, "float16", [17, 64, 257], 4),
+        (6, 2, 64, 8, "float16", [1, 31, 33, 64], 8),
+        (20, 1, 64, 7, "bfloat16", [5, 70], 4),
+        (7, 1, 96, 64, "bfloat16", [5, 64, 65], 8),
+        (3, 1, 32, 16, "bfloat16", [40], 8),
+        (4, 1, 256, 64, "bfloat16", [70, 3], 8),
+        (4, 1, 256, 128, "float16", [70, 3], 4),
+    ],
+)  # fmt: skip
+def test_decode_of_awkward_shapes(library, heads, kv_heads, head_dim, bsl, dtype, contexts, bits):
+    world = Quantized(heads, kv_heads, head_dim, bsl, dtype, contexts, bits=bits)
+    world.check(world.decode(world.decoder(library)))

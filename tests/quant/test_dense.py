@@ -13,6 +13,7 @@ from engine.errors import ModelError
 from engine.models.layers import to_dense
 from engine.models.spec import load_spec
 from engine.weights import open_checkpoint
+from formats.safetensors import read_safetensors
 from quant import dense
 from quant.dense import is_dense, write_dense
 from tests.fixtures.awq import awq_checkpoint
@@ -45,15 +46,21 @@ def test_of_an_awq_folder(tmp_path: Path) -> None:
     assert is_dense(write_dense(source, copy))  # an older one is replaced
 
 
+@pytest.mark.parametrize("family", ["internlm2", "baichuan", "qwen"])
+def test_packed_tensors_stay_packed(tmp_path: Path, family: str) -> None:
+    source = toy_checkpoint(tmp_path / "m", family, dtype="float16")
+    copy = write_dense(source, tmp_path / "copy")
+    names = [set(read_safetensors(folder / "model.safetensors").tensors) for folder in (source, copy)]
+    assert names[0] == names[1]
+    same(source, copy)
+
+
 def test_what_has_no_16_bit_copy_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = toy_checkpoint(tmp_path / "packed", "internlm2")
-    with pytest.raises(ModelError, match="packs its tensors"):
-        write_dense(packed, tmp_path / "copy")
     source = toy_checkpoint(tmp_path / "m")
     (tmp_path / "mine").mkdir()
     with pytest.raises(ModelError, match="mine: is there and is no checkpoint"):
         write_dense(source, tmp_path / "mine")
-    monkeypatch.setattr(dense, "_rope", lambda rope: {"rope_theta": 1234.0})
+    monkeypatch.setattr(dense.Source, "config", lambda self: json.loads((source / "config.json").read_text()) | {"rope_theta": 1234.0})
     with pytest.raises(ModelError, match="cannot say this model's rope"):
         write_dense(source, tmp_path / "copy")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "mine", "packed"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "mine"]

@@ -155,7 +155,7 @@ def configuration(args: argparse.Namespace, *, model_path: str = "", defaults: S
     for flag in FLAGS:
         value = getattr(args, destination(flag), None)
         if value is not None and flag.key:
-            given[flag.key] = (f"{flag.name} {_written(flag, value)}".rstrip(), _text(flag, value, model_path))
+            given[flag.key] = (f"{flag.name} {_written(flag, value)}".rstrip(), _text(flag, value))
     given |= _ssl(args)
     loaded = _load(args, given, defaults)
     chosen = _chat_template(args, loaded, template)
@@ -196,7 +196,7 @@ def _written(flag: Flag, value: Any) -> str:
     return " ".join("***" for _ in words) if flag.key == "server.api_keys" else " ".join(map(str, words))
 
 
-def _text(flag: Flag, value: Any, model_path: str) -> str:
+def _text(flag: Flag, value: Any) -> str:
     """The value as `--set` reads it."""
     if flag.kind == "switch":
         return "true"
@@ -206,7 +206,7 @@ def _text(flag: Flag, value: Any, model_path: str) -> str:
         return LOG_LEVELS.get(value, value)
     if flag.name == "--model-format":
         try:
-            return checkpoint_format(value, model_path)
+            return checkpoint_format(value)
         except ConfigError as error:
             raise UsageError(f"--{str(error).replace('model_format', 'model-format')}") from None
     if flag.name == "--quant-policy":

@@ -7,6 +7,7 @@ machine is refused where those are known (`engine/`).
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from config.errors import ConfigError
 from config.qos import read_qos
 from config.schema import Config
 
+MOST_SETTINGS = 1 << 24  # bytes of a config.json
+QUANTIZED = ("awq", "gptq", "compressed-tensors", "fp8")  # as config.json's quant_method has them
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+", re.IGNORECASE)
 
 
@@ -81,9 +84,10 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
         for name in ("revision", "download_dir"):
             if getattr(model, name):
                 yield f"model.{name}", "is for hub names; model.path is here on disk. Remove one of the two."
-    found = _format_on_disk(model.path)
-    if model.model_format not in ("auto", found) and found:
-        yield "model.model_format", f'is "{model.model_format}", but model.path is {found}; write "{found}" or "auto".'
+    what, names = _format_on_disk(model.path)
+    if names and model.model_format not in ("auto", *names):
+        fitting = " or ".join(f'"{name}"' for name in (names[0], "auto"))
+        yield "model.model_format", f'is "{model.model_format}", but model.path is {what}; write {fitting}.'
     if 0 < engine.rope_scaling_factor < 1:
         yield "engine.rope_scaling_factor", f"must be 0 (off) or at least 1, not {engine.rope_scaling_factor:g}."
     if engine.executor == "thread" and engine.tp > 1:
@@ -94,10 +98,22 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
         yield "engine.kernel_cache_dir", "is empty; compiled kernels need a directory."
 
 
-def _format_on_disk(path: str) -> str:
-    """What lies at `path`: a directory is Hugging Face's layout, a file is GGUF; "" where nothing is."""
+def _format_on_disk(path: str) -> tuple[str, tuple[str, ...]]:
+    """What lies at `path`, in words, and the names that fit it, the most telling first; () where nothing is. A file is GGUF, a
+    directory Hugging Face's layout, quantized as its config.json says."""
     place = Path(path)
-    return "" if not path or not place.exists() else "hf" if place.is_dir() else "gguf"
+    if not path or not place.exists():
+        return "", ()
+    if not place.is_dir():
+        return "gguf", ("gguf",)
+    settings = place / "config.json"
+    if not settings.is_file() or settings.stat().st_size > MOST_SETTINGS:
+        return "hf", ("hf", *QUANTIZED)  # how a workspace is quantized its own files say
+    try:
+        method = json.loads(settings.read_bytes())["quantization_config"]["quant_method"].lower()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "hf, not quantized", ("hf",)
+    return f"quantized by {ascii(method[:40]).strip(chr(39))}", (method, "hf")
 
 
 def _limits(config: Config) -> Iterator[tuple[str, str]]:

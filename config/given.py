@@ -7,7 +7,6 @@ are written differently here. Every value goes through the same checks as `--set
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def configured(
     (by section.key), then the schema's. Raises ConfigError."""
     given = {name: value for name, value in knobs.items() if value is not None}
     if "model_format" in given:
-        given["model_format"] = checkpoint_format(given["model_format"], str(model_path))
+        given["model_format"] = checkpoint_format(given["model_format"])
     if "quant_policy" in given:
         given["quant_policy"] = QUANT_POLICIES.get(given["quant_policy"], given["quant_policy"])
     if model_path:
@@ -72,7 +71,7 @@ def knob_texts(knobs: Mapping[str, Any]) -> list[str]:
     return texts
 
 
-def checkpoint_format(name: str, path: str) -> str:
+def checkpoint_format(name: str) -> str:
     """LMDeploy's `model_format` as the knob's value: the format is read from the files, and a name may only agree."""
     name = name.lower()
     if name == "llama":
@@ -80,12 +79,4 @@ def checkpoint_format(name: str, path: str) -> str:
             "model_format: Meta's consolidated.*.pth are pickles, which numbatch does not read; use the model's "
             "Hugging Face folder (safetensors) or a GGUF file."
         )
-    if name not in ("awq", "gptq"):
-        return name
-    settings = Path(path) / "config.json"
-    found = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None
-    method = ((found or {}).get("quantization_config") or {}).get("quant_method")
-    if found is not None and method != name:
-        state = f"quantized by {method}" if method else "not quantized"
-        raise ConfigError(f"model_format: is {name!r}, but {path} is {state}; leave it out.")
-    return "auto"
+    return name

@@ -132,7 +132,7 @@ class Model:
     model_format: str = knob(
         AUTO,
         "Checkpoint format; it is always read from the files, and a value that contradicts them is refused.",
-        choices=(AUTO, "hf", "gguf"),
+        choices=(AUTO, "hf", "gguf", "awq", "gptq", "compressed-tensors", "fp8"),
     )
     dtype: str = knob(
         AUTO,

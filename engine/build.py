@@ -35,7 +35,12 @@ def resolve_spec(config: Config) -> ModelSpec:
     """Read the model's description (no weights, no torch); with the config's overrides applied."""
     if config.engine.device == "mock" and not config.model.path:
         return mock_spec()
-    return apply_overrides(load_spec(Path(config.model.path)), config.engine)
+    spec = load_spec(Path(config.model.path))
+    wanted, found = config.model.model_format, spec.quant.method if spec.quant else ""
+    if wanted not in ("auto", "hf", "gguf", found):  # of a path on disk the configuration's own checks said so already
+        state = f"quantized by {found}" if found else "not quantized"
+        raise ConfigError(f'model.model_format is "{wanted}", but the checkpoint is {state}; write "{found or "hf"}" or "auto".')
+    return apply_overrides(spec, config.engine)
 
 
 def session_len(config: Config, spec: ModelSpec) -> int:

@@ -57,6 +57,7 @@ class AwqSpec:
     group_size: int  # 32, 64 or 128 input channels
     zero_point: bool = True  # False: qzeros may be absent; every zero is 8 then
     not_converted: tuple[str, ...] = ()  # a linear whose name in the file contains one of these is dense
+    method: str = "awq"
 
     def scheme(self, linear: str) -> Scheme | None:
         """Of the linear that the file calls so; None: it is dense."""

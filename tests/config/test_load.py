@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import time
@@ -211,6 +212,7 @@ CONTRADICTIONS = [
     ('[model]\npath = "m"\nchat_template = "no.jinja"', "model.chat_template", "is not a file"),
     ('[model]\npath = "."\nmodel_format = "gguf"', "model.model_format", 'write "hf" or "auto"'),
     ('[model]\npath = "pyproject.toml"\nmodel_format = "hf"', "model.model_format", 'write "gguf" or "auto"'),
+    ('[model]\npath = "deploy"\nmodel_format = "gguf"', "model.model_format", "but model.path is hf"),
     ('[model]\npath = "."\nrevision = "main"', "model.revision", "is for hub names"),
     ("[engine]\nrope_scaling_factor = 0.5", "engine.rope_scaling_factor", "must be 0 (off) or at least 1"),
     ('[engine]\nexecutor = "thread"\ntp = 2', "engine.executor", "a rank is a process"),
@@ -227,6 +229,22 @@ def test_contradictions(write: Any, text: str, key: str, reason: str) -> None:
     message = refusal(write(text if "[model]" in text else MODEL + text))
     assert reason in message
     assert f"{key}: " in message
+
+
+def test_a_format_that_contradicts_the_files_is_refused_with_both(write: Any, tmp_path: Path) -> None:
+    settings = tmp_path / "model" / "config.json"
+    settings.parent.mkdir()
+    for quantization, name, sentence in (
+        ({"quant_method": "awq"}, "gptq", 'is "gptq", but model.path is quantized by awq; write "awq" or "auto".'),
+        ({"quant_method": "fp8"}, "compressed-tensors", 'is "compressed-tensors", but model.path is quantized by fp8; write "fp8" or "auto".'),
+        (None, "awq", 'is "awq", but model.path is hf, not quantized; write "hf" or "auto".'),
+        ({}, "fp8", 'is "fp8", but model.path is hf, not quantized; write "hf" or "auto".'),
+    ):
+        settings.write_text(json.dumps({"quantization_config": quantization} if quantization is not None else {}))
+        text = f'[model]\npath = "{settings.parent}"\nmodel_format = '
+        assert sentence in refusal(write(f'{text}"{name}"'))
+        for fitting in ("auto", "hf", *((quantization or {}).values())):
+            load_config(write(f'{text}"{fitting}"'), environ={})
 
 
 @pytest.mark.parametrize(

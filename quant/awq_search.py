@@ -23,6 +23,7 @@ RATIOS = 20
 FIXED_RATIO = 0.5  # without a search, as SmoothQuant and LMDeploy have it
 SHRINKS = tuple(1 - step / 20 for step in range(11))  # of a range: 1.0 to 0.5
 SMALLEST = 1e-4
+MOST = 256.0
 
 
 @dataclass(slots=True, eq=False)
@@ -78,12 +79,12 @@ def _candidates(
 ) -> Iterator[tuple[float, str, torch.Tensor]]:
     """(ratio, form, scales): no scales first."""
     yield 0.0, "none", torch.ones_like(inputs.mean)
-    activation = _together(inputs.mean, owner)
-    relative = _together(_relative_size(weight, group), owner)
+    activation = together(inputs.mean, owner)
+    relative = together(_relative_size(weight, group), owner)
     for ratio in [step / RATIOS for step in range(1, RATIOS + 1)] if search else [FIXED_RATIO]:
         if search:
-            yield ratio, "activation", _centred(activation.pow(ratio))
-        yield ratio, "activation/weight", _centred(activation.pow(ratio) / relative.pow(1 - ratio))
+            yield ratio, "activation", bounded(activation.pow(ratio))
+        yield ratio, "activation/weight", bounded(activation.pow(ratio) / relative.pow(1 - ratio))
 
 
 def _relative_size(weight: torch.Tensor, group: int) -> torch.Tensor:
@@ -92,7 +93,7 @@ def _relative_size(weight: torch.Tensor, group: int) -> torch.Tensor:
     return (size / size.amax(-1, keepdim=True).clamp(min=1e-12)).mean(0).reshape(-1)
 
 
-def _together(values: torch.Tensor, owner: torch.Tensor | None) -> torch.Tensor:
+def together(values: torch.Tensor, owner: torch.Tensor | None) -> torch.Tensor:
     """Each channel's value, or the mean over the channels with its owner; never 0."""
     if owner is not None:
         sums = torch.zeros_like(values).index_add_(0, owner, values)
@@ -100,10 +101,10 @@ def _together(values: torch.Tensor, owner: torch.Tensor | None) -> torch.Tensor:
     return values.clamp(min=SMALLEST)
 
 
-def _centred(scales: torch.Tensor) -> torch.Tensor:
-    """The smallest and the largest as far from 1."""
+def bounded(scales: torch.Tensor) -> torch.Tensor:
+    """The smallest and the largest as far from 1, and neither so far that 16-bit norms and activations would suffer."""
     scales = scales.clamp(min=SMALLEST)
-    return scales / (scales.max() * scales.min()).sqrt()
+    return (scales / (scales.max() * scales.min()).sqrt()).clamp(1 / MOST, MOST)
 
 
 def clipped(weight: torch.Tensor, gram: torch.Tensor, group: int, symmetric: bool, pool: Pool = SERIAL) -> Rounded:

@@ -106,11 +106,11 @@ class ShardedTensors:
     Files that are there already, of an earlier attempt with the same plan, are gone on with.
     """
 
-    def __init__(self, folder: Path, planned: Mapping[str, Planned], shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, planned: Mapping[str, Planned], shard_bytes: int = SHARD_BYTES, single: str = SINGLE) -> None:
         self._places: dict[str, tuple[Path, int, Planned]] = {}
         self.nbytes = sum(tensor.nbytes for tensor in planned.values())
         shards = list(_cut(planned, shard_bytes))
-        names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        names = [single] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         self._index = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         self.files = [folder / name for name in names]
         self._handles: dict[Path, int] = {}

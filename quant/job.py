@@ -338,12 +338,12 @@ class Job:
         self._progress(share, label, left)
 
 
-def check_work_dir(source: Path, dst: Path) -> None:
-    """ConfigError where writing `dst` would touch the model or something that is not ours."""
+def check_work_dir(source: Path, dst: Path, manifest: str = MANIFEST) -> None:
+    """ConfigError where writing `dst` would touch the model or something that is not ours (as a `manifest` in it shows)."""
     model = source.resolve()
     if dst == model or dst in model.parents or model in dst.parents:
         raise ConfigError(f"--work-dir {dst}: is the model itself, holds it or lies in it; name another folder.")
-    if os.path.lexists(dst) and not (dst.is_dir() and (not any(dst.iterdir()) or (dst / MANIFEST).is_file())):
+    if os.path.lexists(dst) and not (dst.is_dir() and (not any(dst.iterdir()) or (dst / manifest).is_file())):
         raise ConfigError(f"--work-dir {dst}: is there and not of this command's making; name another, or remove it.")
 
 

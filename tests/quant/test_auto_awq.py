@@ -348,6 +348,8 @@ def test_what_cannot_be_done_is_said(flags: list[str], sentence: str, tmp_path: 
         str(text),
         "--calib-samples",
         "2",
+        "--calib-seqlen",
+        "32",
     ]
     try:
         code = main([*base, *flags])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import numbatch
 from bench import quality
 from bench.quality import Scores, Text, distance, divergence
 from bench.texts import Piece, Window, read_pieces, windows
@@ -135,6 +136,18 @@ def test_scores_are_those_of_one_long_prompt(toy: Path, tmp_path: Path) -> None:
     assert len(whole.ids) == len(pieces.ids) == 39
     np.testing.assert_allclose(whole.logprobs[:15], pieces.logprobs[:15], atol=1e-4)
     assert not np.allclose(whole.logprobs[20:], pieces.logprobs[20:], atol=1e-4)  # these have less before them
+
+
+def test_the_perplexity_is_that_of_get_ppl(toy: Path, tmp_path: Path) -> None:
+    """The Python API adds the same logprobs up by another way."""
+    text = "Once upon a time there was a little toy."
+    file = tmp_path / "a.txt"
+    file.write_text(text)
+    found = asyncio.run(quality.measure(quality.quiet(str(toy), ["engine.device=reference"]), Text(file)))
+    with numbatch.pipeline(str(toy), device="reference") as pipe:
+        assert math.exp(pipe.get_ppl(text)[0]) == pytest.approx(found.perplexity, rel=1e-6)
+        likeliest = pipe(pipe.tokenizer.encode(text)[:20], numbatch.GenerationConfig(max_new_tokens=1, ignore_eos=True)).token_ids[0]
+    assert found.top_ids[19, 0] == likeliest  # what greedy decoding says after twenty of its ids
 
 
 def test_the_command_on_a_toy(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,9 @@
 reach both ends of the head: nothing is clipped, and the error of a number is at most half a scale. Per token and head,
 asymmetric, at the moment the token is written: no calibration. A number that is not finite makes the whole head NaN, as it
 would have made its scores. Where the bytes lie is drawn in `engine/cache/layout.py`. This page says what kernels compute.
-numpy only.
+A head of 4 bits is turned before (`rotate`), K and Q alike and V too, and so is what attention makes of V: the numbers of a head
+become sums of many, which are of one size, and an outlier takes no other number's precision (QuaRot, Ashkboos et al. 2024). A
+rotation of both Q and K changes no score; turned twice, V is V. numpy only.
 """
 
 from __future__ import annotations
@@ -15,7 +17,27 @@ import numpy as np
 
 from engine.cache.layout import KVLayout
 
+MOST_ROTATED = 128  # numbers that are turned together: what a warp holds
 SMALLEST_SCALE = np.float32(2.0**-60)  # of a head whose numbers are all alike
+
+
+def rotated(head_dim: int, bits: int) -> int:
+    """How many numbers of a head are turned together: the largest power of 2 that divides it, to 128; 0: none are."""
+    return min(head_dim & -head_dim, MOST_ROTATED) if bits == 4 else 0
+
+
+def rotate(x: np.ndarray, bits: int) -> np.ndarray:
+    """[..., head_dim] times a Hadamard matrix (Sylvester's, orthonormal: its own inverse), `rotated` numbers at a time; of 4 bits."""
+    size = rotated(x.shape[-1], bits)
+    if not size:
+        return x
+    y = x.astype(np.float32)
+    step = 1
+    while step < size:
+        pairs = y.reshape(*x.shape[:-1], -1, 2, step)
+        y = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], axis=-2).reshape(x.shape)
+        step *= 2
+    return y * np.float32(size**-0.5)
 
 
 def quantize(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:

@@ -184,6 +184,7 @@ class ReferenceBackend:
         if spec.use_logn_attn:
             q = q * logn_scale(step.positions, spec.max_position)[:, None, None]
         if quantized:
+            q, k, v = (kv_quant.rotate(x, self._layout.quant_policy) for x in (q, k, v))
             store_kv_quantized(kv, self._layout, step.kv_slots, k, v)
         else:
             store_kv(kv, step.kv_slots, k, v)
@@ -195,6 +196,8 @@ class ReferenceBackend:
             tokens = slice(step.row_starts[row], step.row_starts[row + 1])
             k, v = self._keys_and_values(kv, step.tables[row], int(context))
             out[tokens] = attend(q[tokens], k, v, step.positions[tokens], window)
+        if kv.dtype == np.uint8:
+            out = kv_quant.rotate(out, self._layout.quant_policy)
         return out.reshape(len(q), -1)
 
     def _keys_and_values(self, kv: np.ndarray, table: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:

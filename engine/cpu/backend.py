@@ -32,6 +32,7 @@ from engine.cpu.threads import Pool, aligned
 from engine.cpu.vector import compiled
 from engine.errors import ConfigError
 from engine.models.layers import to_dense
+from engine.kv_quant import rotated
 from engine.models.spec import ModelSpec
 
 Array = np.ndarray
@@ -268,6 +269,7 @@ class CpuBackend:
         )
         p[P.POOL_BITS], p[P.ONLY_BLOCK] = bits, _address(self._only_block)
         p[P.TAKE_ROWS] = take_rows_function() if bits else 0
+        p[P.ROTATED] = rotated(spec.head_dim, bits)
         p[P.POSITIONS], p[P.SLOTS] = _address(step.positions), _address(step.kv_slots)
         p[P.BLOCK_TABLES], p[P.BLOCK_TABLE_STRIDE] = _address(step.tables), step.tables.strides[0]
         p[P.NUM_SPLITS], p[P.SPLITS] = len(step.splits), _address(step.splits)

@@ -157,6 +157,21 @@ def quantize_head(x, block, row, rows_of_block, head_dim, bits, scratch):  # typ
     i32_at(block + rows_of_block * row_bytes)[row] = np.int32(np.uint32(scale_bits | zero_bits << 16))
 
 
+@njit(nogil=True, fastmath={"contract"})
+def rotate_heads(x, heads, head_dim, size):  # type: ignore[no-untyped-def]
+    """Float32 heads in place, `size` numbers at a time (`rotate` of engine/kv_quant.py)."""
+    v, factor = f32_at(x), np.float32(1.0 / np.sqrt(float(size)))
+    count, step = heads * head_dim, 1
+    while step < size:
+        for first in range(0, count, 2 * step):
+            for i in range(first, first + step):
+                a, b = v[i], v[i + step]
+                v[i], v[i + step] = a + b, a - b
+        step *= 2
+    for i in range(count):
+        v[i] *= factor
+
+
 def _take_rows(pool, table, first, stop, kv_head, kv_heads, head_dim, block_len, bits, exact, room, rows):  # type: ignore[no-untyped-def]
     """K and V of positions first .. stop - 1 of one KV head to `rows`, which has `room` rows for each."""
     row_bytes = head_dim * bits // 8

@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from engine.cpu.elementwise import norm_row
-from engine.cpu.kv_quant import block_bytes, quantize_head
+from engine.cpu.kv_quant import block_bytes, quantize_head, rotate_heads
 from engine.cpu.threads import atomic_add, finish, rows_at_once
 from engine.cpu.vector import I64, V_F32, Emit, Value, bfloat_bits, f32_at, i32_at, i64_at, kernel, u16_at
 
@@ -56,10 +56,10 @@ def store_head(x, pool, index, head_dim, exact):  # type: ignore[no-untyped-def]
 @njit(nogil=True)
 def rope_store_rows(  # type: ignore[no-untyped-def]
     stage, n, tokens, qkv, stride, heads, kv_heads, head_dim, positions, slots, cos, sin, half, q_norm, k_norm, eps, logn_length,
-    pool, block_len, exact, bits, scratch,
+    pool, block_len, exact, bits, rotated, scratch,
 ):  # fmt: skip
     """q_norm, k_norm: addresses of float32 [head_dim] weights, 0 without. logn_length: trained length, 0 without. bits: of a
-    quantized pool, 0: it has none. scratch: the thread's, 12 bytes."""
+    quantized pool, 0: it has none; rotated: numbers that are turned together in it. scratch: the thread's, 12 bytes."""
     position_of, slot_of = i32_at(positions), i64_at(slots)
     done, chunk = 0, rows_at_once(tokens, n)
     while True:
@@ -83,6 +83,8 @@ def rope_store_rows(  # type: ignore[no-untyped-def]
                 q = f32_at(row)
                 for i in range(heads * head_dim):
                     q[i] *= factor
+            if rotated != 0:
+                rotate_heads(row, heads + 2 * kv_heads, head_dim, rotated)
             block, offset = slot // block_len, slot % block_len
             for h in range(kv_heads):
                 for kind in range(2):

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from engine.cpu.elementwise import add_norm_rows, embed_row, norm_row, norm_rows, put_rows, silu_rows, silu_vectors
-from engine.cpu.kv_quant import call_take_rows
+from engine.cpu.kv_quant import call_take_rows, rotate_heads
 from engine.cpu.kv_store import rope_store_rows
 from engine.cpu.matmul import BYTES, CHUNK, ROW_BLOCK, WIDE_FLOAT, call_tile_rows, product, put_row
 from engine.cpu.paged_attention import SPLIT, call_split, empty_split, merge
@@ -110,7 +110,8 @@ class P:
     ROWS_AT = 60  # from the thread's scratch
     ONLY_BLOCK = 61
     QUANTIZE = 62
-    COUNT = 63
+    ROTATED = 63  # numbers of a head that a 4-bit pool turns together, else 0
+    COUNT = 64
 
 
 class L:
@@ -148,7 +149,7 @@ MODE, ORDER = 6, 7  # words of a packed weight that who makes its activations re
 (_SPLIT_FUNCTION, _TILE_FUNCTION, _PRODUCT, _GATE_UP) = (P.SPLIT_FUNCTION, P.TILE_FUNCTION, P.PRODUCT, P.GATE_UP)
 (_ROPE_STORE, _ATTEND, _NORM_STAGE, _MERGE) = (P.ROPE_STORE, P.ATTEND, P.NORM_STAGE, P.MERGE)
 (_TAKE_ROWS, _POOL_BITS, _ROWS_AT, _ONLY_BLOCK) = (P.TAKE_ROWS, P.POOL_BITS, P.ROWS_AT, P.ONLY_BLOCK)
-_QUANTIZE = P.QUANTIZE
+_QUANTIZE, _ROTATED = P.QUANTIZE, P.ROTATED
 (_L_INPUT_NORM, _L_QKV, _L_Q_NORM, _L_K_NORM, _L_O) = (L.INPUT_NORM, L.QKV, L.Q_NORM, L.K_NORM, L.O)
 (_L_POST_NORM, _L_GATE_UP, _L_DOWN, _L_WINDOW, _L_COUNT) = (L.POST_NORM, L.GATE_UP, L.DOWN, L.WINDOW, L.COUNT)
 # fmt: on
@@ -170,7 +171,7 @@ def store_stage(params, stage, tid, n, pool, q_norm, k_norm):  # type: ignore[no
     rope_store_rows(
         stage, n, p[_TOKENS], p[_QKV], p[_QKV_STRIDE], p[_HEADS], p[_KV_HEADS], p[_HEAD_DIM], p[_POSITIONS], p[_SLOTS],
         p[_COS], p[_SIN], p[_HALF], q_norm, k_norm, np.float32(f64_at(params)[_EPS]), p[_LOGN_LENGTH], pool, p[_BLOCK_LEN],
-        p[_POOL_EXACT], p[_POOL_BITS], scratch,
+        p[_POOL_EXACT], p[_POOL_BITS], p[_ROTATED], scratch,
     )  # fmt: skip
 
 
@@ -233,12 +234,14 @@ def product_stage(  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _merge_token(p, t):  # type: ignore[no-untyped-def]
-    """The splits of a single token -> ATTENDED; a token of a piece is there already."""
+    """The splits of a single token -> ATTENDED; a token of a piece is there already. Heads that the pool has turned are turned back."""
     heads, head_dim = p[_HEADS], p[_HEAD_DIM]
     token_splits = i32_at(p[_TOKEN_SPLITS])
     first, splits = token_splits[2 * t], token_splits[2 * t + 1]
     if splits > 0:
         merge(p[_PARTIAL] + first * 4 * heads * (head_dim + 2), splits, heads, head_dim, p[_ATTENDED] + t * 4 * heads * head_dim)
+    if p[_ROTATED] != 0:
+        rotate_heads(p[_ATTENDED] + t * 4 * heads * head_dim, heads, head_dim, p[_ROTATED])
 
 
 @njit(nogil=True)

@@ -68,3 +68,25 @@ def test_where_the_bytes_lie(bits: int, kv_heads: int, block_len: int, head_dim:
     assert layer[3, at : at + 4].view(np.uint32)[0] == pairs[3, 1, -1, -1]
     assert (layer[:, at + 4 :] == 0xEE).all()  # padding
     np.testing.assert_array_equal(kv_quant.values(layer, layout), kv_quant.dequantize(codes, pairs, bits))
+
+
+@pytest.mark.parametrize(("head_dim", "size"), [(64, 64), (128, 128), (256, 128), (48, 16), (96, 32)])
+def test_a_head_of_4_bits_is_turned_and_turned_back(head_dim: int, size: int) -> None:
+    rng = np.random.default_rng(4)
+    q, k = rng.standard_normal((2, 5, head_dim)).astype(np.float32)
+    assert kv_quant.rotated(head_dim, 4) == size and kv_quant.rotate(q, 8) is q
+    turned = kv_quant.rotate(k, 4)
+    np.testing.assert_allclose(kv_quant.rotate(turned, 4), k, atol=1e-6)
+    np.testing.assert_allclose(kv_quant.rotate(q, 4) @ turned.T, q @ k.T, atol=1e-4)
+    one = np.zeros(head_dim, np.float32)
+    one[1] = 3
+    assert np.allclose(np.abs(kv_quant.rotate(one, 4)[:size]), 3 / size**0.5) and not kv_quant.rotate(one, 4)[size:].any()
+
+
+def test_an_outlier_takes_less_precision_from_the_others_when_it_is_turned() -> None:
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((100, 64)).astype(np.float32)
+    x[:, 3] += 20
+    plain = kv_quant.dequantize(*kv_quant.quantize(x, 4), 4)
+    turned = kv_quant.rotate(kv_quant.dequantize(*kv_quant.quantize(kv_quant.rotate(x, 4), 4), 4), 4)
+    assert np.abs(turned - x).mean() < 0.6 * np.abs(plain - x).mean()

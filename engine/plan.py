@@ -20,6 +20,7 @@ from engine.errors import ConfigError
 from engine.load_backend import computing_dtype, resolved
 from engine.models.shard import Share, largest_share
 from engine.models.spec import ModelSpec
+from engine.packed_ints import w4_group
 from engine.plan_config import stock_for_plan
 from engine.weight_files import Stored
 
@@ -35,6 +36,7 @@ FORM = {
     "Q5_0": "w8",
     "Q8_0": "w8",
 }  # weights of one form stay as they are when stacked
+INT8_BYTES = 512 / 512 + 128 / (512 * 4)  # with the scales of a tile, at least four chunks long
 STACKED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 PART = {"embed": "embedding", "lm_head": "output head", "qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp"}
 MIB = 2**20
@@ -79,14 +81,33 @@ def _forms(stock: dict[str, Stored]) -> dict[str, set[str]]:
     for canonical, stored in stock.items():
         *place, name, suffix = canonical.split(".")
         if suffix == "weight":
-            out.setdefault(".".join([*place, STACKED.get(name, name)]), set()).add(FORM.get(stored.type, "dense"))
+            out.setdefault(".".join([*place, STACKED.get(name, name)]), set()).add(_form(stored))
     return out
+
+
+def _form(stored: Stored) -> str:
+    """w4, w8, int8 or dense: how a weight lies in memory for the CPU kernels."""
+    scheme = stored.scheme
+    if scheme is None or stored.type == "AWQ":
+        return FORM.get(stored.type, "dense")
+    if stored.type in ("GPTQ", "PACKED"):
+        k = stored.shape[1]
+        fits = w4_group(scheme.group_size or k, k) > 0
+        return "dense" if not fits or scheme.bits == 8 and scheme.zeros else "w4" if scheme.bits == 4 else "w8"
+    if stored.type == "INT8":
+        from engine.cpu.features import has_int8_products
+
+        return ("int8" if has_int8_products() else "dense") if scheme.activations else "w8"
+    return "dense"
 
 
 def _element_bytes(stored: Stored, dtype: str, mixed: bool) -> float:
     if dtype == "float32":
         return 4
-    return 2 if mixed else PACKED_BYTES.get(stored.type, 2)
+    if mixed:
+        return 2
+    by_form = {"w4": PACKED_BYTES["AWQ"], "w8": PACKED_BYTES["Q8_0"], "int8": INT8_BYTES, "dense": 2}
+    return PACKED_BYTES.get(stored.type, by_form[_form(stored)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,13 +240,16 @@ def _on_host(config: Config, spec: ModelSpec, path: Path | str, share: Share, em
 
 def _on_cards(config: Config, spec: ModelSpec, path: Path | str, share: Share, empty: MemoryPlan) -> MemoryPlan:
     """Every rank has a card of its own."""
-    weights = plan_cuda.card_weights(stock_for_plan(path, spec), spec, share, empty.ranks)
+    cc = min((card.cc for card in cards()[: empty.ranks]), default=plan_cuda.PLANNED_CC)
+    weights = plan_cuda.card_weights(stock_for_plan(path, spec), spec, share, empty.ranks, dtype=empty.dtype, cc=cc)
     free = empty.free_bytes - sum(weights.parts.values())
     copy = plan_cuda.makes_dense_copy(config, weights.copy_bytes, free)
     return dataclasses.replace(
         empty,
         weights=weights.parts | {"16-bit copy": weights.copy_bytes if copy else 0},
-        workspace=plan_cuda.workspace(config, spec, share, empty.session_len, 0 if copy else weights.scratch_bytes),
+        workspace=plan_cuda.workspace(
+            config, spec, share, empty.session_len, 0 if copy else weights.scratch_bytes, (weights.eight_bit, weights.ordered)
+        ),
         spare_blocks=1,
         dense_copy=copy,
     )

@@ -1,7 +1,7 @@
 """What a model takes on one NVIDIA card: the formulas of weights and buffers, for the plan and for who allocates them.
 
-Weights lie on a card in two forms: 4-bit matrices as `engine/w4.py` counts them, everything else (8-bit and odd GGUF
-types too) in 16 bits. All buffers of a step are made once, for the largest step. Named lines of bytes; no torch, no card.
+Weights lie on a card in three forms: 4-bit matrices as `engine/w4.py` counts them, W8A8 and FP8 ones in 8 bits where the card
+multiplies those (`eight_bit_kind`), everything else (8-bit and odd GGUF types too) in 16 bits. All buffers of a step are made once, for the largest step. Named lines of bytes; no torch, no card.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from config.schema import Config
 from engine.models.shard import Share
 from engine.models.spec import ModelSpec
+from engine.packed_ints import w4_group
 from engine.step import MAX_SCORED
 from engine.w4 import cuda_w4_bytes
 from engine.weight_files import Stored
@@ -28,6 +29,11 @@ SPLIT_ROWS = 64  # most rows of a product whose input channels are split over th
 SPLITS = 8  # most parts they are split into
 SECTIONS = 64  # most sections of a context in decode attention
 THREAD_BLOCKS = 2 * 148  # of decode attention on the largest card so far
+PLANNED_CC = (9, 0)  # where no card is here to ask
+FP8_SINCE, INT8_SINCE, FP8_BLOCKS_ON = (8, 9), (8, 0), (9, 0)  # compute capabilities
+EIGHT_BIT_PIECE = 1024  # rows of an int8 product at a time
+BLOCK = 128  # of FP8, both ways
+BLOCKS_TOGETHER = 4  # K of FP8 blocks is padded to a multiple of so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +43,25 @@ class CardWeights:
     parts: dict[str, int]
     copy_bytes: int  # of a 16-bit copy of all 4-bit matrices
     scratch_bytes: int  # of the largest of them, dequantized
+    eight_bit: tuple[tuple[str, int, int], ...] = ()  # (kind, N, K) of the 8-bit products
+    ordered: int = 0  # most input channels of a 4-bit product whose activations come in another order
 
 
-def card_weights(stock: Mapping[str, Stored], spec: ModelSpec, share: Share, tp: int) -> CardWeights:
+def card_weights(
+    stock: Mapping[str, Stored], spec: ModelSpec, share: Share, tp: int, *, dtype: str = "bfloat16", cc: tuple[int, int] = PLANNED_CC
+) -> CardWeights:
     """`stock` as `engine/weight_files.py` takes it. A stack of mixed forms is dense; so is a tied table on one rank."""
     shapes = rank_shapes(spec, share)
     parts = dict.fromkeys(("embedding", "attention", "mlp", "norms and biases", "output head"), 0)
     matrices = [(f"layers.{i}.", name) for i in range(spec.num_layers) for name in LINEARS]
-    sizes = [(PART[name], *_linear(stock, [(place + m, shapes[m]) for m in LINEARS[name]], spec)) for place, name in matrices]
+    sizes, eight_bit = [], set()
+    for place, name in matrices:
+        members = [(place + m, shapes[m]) for m in LINEARS[name]]
+        if kind := _eight_bits(stock, members, cc, dtype):
+            sizes.append((PART[name], _eight_bit_bytes(*kind), 0))
+            eight_bit.add(kind)
+        else:
+            sizes.append((PART[name], *_linear(stock, members, spec)))
     parts["embedding"] = 2 * spec.vocab_size * spec.hidden_size
     if not spec.tie_word_embeddings or tp > 1:
         table = "embed" if spec.tie_word_embeddings else "lm_head"
@@ -53,7 +70,60 @@ def card_weights(stock: Mapping[str, Stored], spec: ModelSpec, share: Share, tp:
         parts[part] += size
     parts["norms and biases"] = sum(4 * stored.shape[0] for stored in stock.values() if len(stored.shape) == 1)
     copies = [copy for _, _, copy in sizes]
-    return CardWeights(parts, sum(copies), max(copies))
+    ordered = max((s.shape[1] for s in stock.values() if s.part("g_idx") or s.part("weight_g_idx")), default=0)
+    return CardWeights(parts, sum(copies), max(copies), tuple(sorted(eight_bit)), ordered)
+
+
+def _eight_bits(
+    stock: Mapping[str, Stored], members: list[tuple[str, tuple[int, int]]], cc: tuple[int, int], dtype: str
+) -> tuple[str, int, int] | None:
+    """(kind, N, K) of weights stacked into one 8-bit product, None where they are none."""
+    stored = [stock[f"{name}.weight"] for name, _ in members]
+    schemes = {s.scheme for s in stored}
+    scheme = schemes.pop()
+    if schemes or scheme is None or not scheme.activations:
+        return None
+    n, k = sum(rows for _, (rows, _) in members), members[0][1][1]
+    blocks = scheme.form == "FP8" and scheme.group_size > 0
+    if blocks and any(rows % BLOCK for _, (rows, _) in members):
+        return None
+    wanted = "int8" if scheme.form == "INT8" else "fp8 blocks" if blocks else "fp8"
+    kind = eight_bit_kind(wanted, n, k, cc, dtype, cc == FP8_BLOCKS_ON)
+    return (kind, n, k) if kind else None
+
+
+def eight_bit_kind(wanted: str, n: int, k: int, cc: tuple[int, int], dtype: str, block_scaling: bool) -> str:
+    """`wanted` (int8, fp8, fp8 blocks) where a card of compute capability `cc` multiplies a weight [n, k] so, else "": it is
+    dequantized to 16 bits. cuBLAS wants multiples of 16, and bfloat16 of fp8. `block_scaling`: of cuBLAS 12.9 and newer."""
+    if n % 16 or k % 16:
+        return ""
+    if wanted == "int8":
+        return wanted if cc >= INT8_SINCE else ""
+    if dtype != "bfloat16" or cc < FP8_SINCE:
+        return ""
+    return wanted if wanted == "fp8" or block_scaling and not n % BLOCK else ""
+
+
+def padded_inputs(kind: str, k: int) -> int:
+    """Input channels of an 8-bit weight as it lies on the card."""
+    unit = BLOCK * BLOCKS_TOGETHER if kind == "fp8 blocks" else 1
+    return -(-k // unit) * unit
+
+
+def _eight_bit_bytes(kind: str, n: int, k: int) -> int:
+    width = padded_inputs(kind, k)
+    return n * width + 4 * (n // BLOCK * (width // BLOCK) if kind == "fp8 blocks" else n)
+
+
+def eight_bit_workspace(products: tuple[tuple[str, int, int], ...], tokens: int) -> int:
+    """Quantized activations with their scales, the sums of int8 products, a few rows of fp8 blocks' outputs."""
+    if not products:
+        return 0
+    widest = max(padded_inputs(kind, k) for kind, _, k in products)
+    groups = max((padded_inputs(kind, k) // BLOCK for kind, _, k in products if kind == "fp8 blocks"), default=1)
+    sums = min(tokens, EIGHT_BIT_PIECE) * max((n for kind, n, _ in products if kind == "int8"), default=0)
+    few = BLOCKS_TOGETHER * max((n for kind, n, _ in products if kind == "fp8 blocks"), default=0)
+    return (tokens + BLOCKS_TOGETHER) * (widest + 4 * groups) + 4 * sums + 2 * few
 
 
 def rank_shapes(spec: ModelSpec, share: Share) -> dict[str, tuple[int, int]]:
@@ -75,6 +145,8 @@ def _linear(stock: Mapping[str, Stored], members: list[tuple[str, tuple[int, int
 
 def _group(stored: Stored, spec: ModelSpec) -> int:
     """Group size of a 4-bit matrix, 0 of any other."""
+    if stored.type in ("GPTQ", "PACKED") and stored.scheme is not None:
+        return w4_group(stored.scheme.group_size or stored.shape[1], stored.shape[1]) if stored.scheme.bits == 4 else 0
     if stored.type == "AWQ" and spec.awq is not None:
         return spec.awq.group_size
     return GGUF_W4.get(stored.type, 0)
@@ -132,8 +204,15 @@ def sampling_bytes(slots: int, vocab: int) -> int:
     return (slots + 1) * (2 * vocab + -(-vocab // 32) * 4) + 4 * slots * vocab
 
 
-def workspace(config: Config, spec: ModelSpec, share: Share, length: int, scratch_bytes: int) -> dict[str, int]:
-    """Named lines. `config` with its auto settings filled in."""
+def workspace(
+    config: Config,
+    spec: ModelSpec,
+    share: Share,
+    length: int,
+    scratch_bytes: int,
+    quantized: tuple[tuple[tuple[str, int, int], ...], int] = ((), 0),
+) -> dict[str, int]:
+    """Named lines. `config` with its auto settings filled in; `quantized`: `CardWeights.eight_bit` and `.ordered`."""
     knobs = config.engine
     slots, tokens = knobs.max_batch_size, max(knobs.max_prefill_token_num, knobs.max_batch_size)
     rotary = spec.rope.rotary_dim or spec.head_dim
@@ -141,6 +220,8 @@ def workspace(config: Config, spec: ModelSpec, share: Share, length: int, scratc
         "activations": 2 * tokens * sum(activation_widths(spec, share).values()) + 2 * (slots + MAX_SCORED) * spec.hidden_size,
         "logits": 4 * (slots + MAX_SCORED) * spec.vocab_size * (2 if knobs.tp > 1 else 1),
         "dequantized matrix": scratch_bytes,
+        "8-bit products": eight_bit_workspace(quantized[0], tokens),
+        "activations in another order": 2 * tokens * quantized[1],
         "split products": split_bytes(spec, share),
         "split attention": attention_bytes(spec, share),
         "sampling": sampling_bytes(slots, spec.vocab_size),

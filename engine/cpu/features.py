@@ -8,3 +8,10 @@ def has_fast_bfloat16() -> bool:
     from engine.cpu.target import FEATURES
 
     return FEATURES.bf16_dot
+
+
+def has_int8_products() -> bool:
+    """Whether products of bytes are one instruction (AVX-512 VNNI) here."""
+    from engine.cpu.target import FEATURES
+
+    return FEATURES.int8_dot

@@ -93,6 +93,22 @@ class CudaDevice:
         """out float32 [rows, N] = x [rows, K] w [N, K]^T, of 16-bit inputs."""
         torch.ops.aten.mm.dtype_out(x, w.T, torch.float32, out=out)
 
+    @property
+    def block_scaling(self) -> bool:
+        """Whether cuBLAS multiplies fp8 with a scale a block here."""
+        return self.cc == (9, 0) and tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2])) >= (12, 9)
+
+    def int_mm(self, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+        """out int32 [rows, N] = x [rows, K] w [N, K]^T of int8; more than 16 rows."""
+        torch.ops.aten._int_mm.out(x, w.T, out=out)
+
+    def scaled_mm(
+        self, x: torch.Tensor, w: torch.Tensor, scale_x: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        """out [rows, N] = (x * scale_x) [rows, K] (w * scale_w^T) [N, K]^T + bias of e4m3. Scales float32 [rows, 1] and [1, N], or
+        those of 128 input channels (and 128 rows of w), each lying column after column."""
+        torch.ops.aten._scaled_mm.out(x, w.T, scale_x, scale_w, bias, None, out.dtype, False, out=out)
+
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that the card reads while the host goes on."""
         return torch.empty(shape, dtype=dtype, pin_memory=True)

@@ -2,10 +2,12 @@
 
     weight in the checkpoint                on the card                      few rows        many rows
     16 or 32 bits, 8-bit GGUF, mixed forms  dense, computing dtype           torch.mm        torch.mm
-    4 bits (GGUF), AWQ                      packed (w4_layout.py), and a     w4_matmul       torch.mm with the dense copy,
-                                            dense copy where memory allows                   or with one made for the moment
+    4 bits (GGUF, GPTQ, pack-quantized),    packed (w4_layout.py), and a     w4_matmul       torch.mm with the dense copy,
+    AWQ                                     dense copy where memory allows                   or with one made for the moment
+    W8A8 int8, FP8                          8 bits (eight_bit.py), where     cuBLAS in 8 bits, activations quantized a token
+                                            the card multiplies those
 
-"Many" is `tuning.dense_from`. Knows no layer and no step.
+"Many" is `tuning.dense_from`. Of a weight with an order (act-order) activations are taken in that order first. Knows no layer and no step.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import torch
 from config.schema import Config
 from engine.awq import AWQ
 from engine.backend import Dense, Weight
+from engine.cuda.eight_bit import EightBit, EightBitProducts
 from engine.cuda.launch import Library, Variant
+from engine.cuda.take_columns import TakeColumns
 from engine.cuda.tuning import dense_from
 from engine.cuda.w4_layout import W4Device
 from engine.cuda.parts import SumParts
@@ -30,7 +34,7 @@ from engine.cuda.w4_repack import W4Repack
 from engine.errors import ModelError
 from engine.models.layers import to_dense
 from engine.plan_cuda import makes_dense_copy
-from engine.w4 import W4
+from engine.w4 import W4, same_columns
 
 TENSOR_CORES = (8, 0)  # the oldest card of which the kernels use them; older ones take the portable kernels, in float16
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,6 +50,8 @@ class Linear:
     bias16: torch.Tensor | None  # the same in the computing dtype
     dense: torch.Tensor | None
     packed: W4Device | None = None
+    order: torch.Tensor | None = None  # int32 [K]: which activation each input channel of `packed` takes
+    eight: EightBit | None = None
 
 
 class Linears:
@@ -62,6 +68,9 @@ class Linears:
         self._bad_scales = torch.zeros(1, dtype=torch.int32, device=device.torch_device)
         self._sum = SumParts(library, dtype)
         self._scratch: torch.Tensor  # for the parts of a product
+        self._eight = EightBitProducts(library, device, dtype, max_rows)
+        self._take_columns, self._max_rows = TakeColumns(library), max_rows
+        self._ordered: torch.Tensor  # activations in another order
         self._moment: torch.Tensor  # where a packed weight is unpacked for one product
 
     # -- load -----------------------------------------------------------------------------------------------------------
@@ -70,6 +79,8 @@ class Linears:
         """`weight`: one, or several with the same input that are stacked."""
         parts = weight if isinstance(weight, list) else [weight]
         linear = self._pack(parts, float32_out)
+        if linear is None and not float32_out and (eight := self._eight.load(parts)) is not None:
+            linear = Linear(eight.n, eight.k, None, None, None, eight=eight)
         if linear is None:
             dense = self.upload([to_dense(part) for part in parts])
             linear = Linear(dense.shape[0], dense.shape[1], None, None, dense)
@@ -100,7 +111,7 @@ class Linears:
             return None
         if float32_out and self._device.cc < TENSOR_CORES:
             return None
-        if any(isinstance(part, W4) and part.order is not None for part in grouped):
+        if isinstance(grouped[0], W4) and not same_columns([part for part in grouped if isinstance(part, W4)]):
             return None
         first = grouped[0]
         n, k, group = sum(part.out_features for part in grouped), first.in_features, first.group_size
@@ -117,7 +128,8 @@ class Linears:
                 repack.from_w4(packed, row, *(self._bytes(array) for array in (part.qweight, part.scale, part.bias)))
             row += part.out_features
         repack.count_not_finite(packed, self._bad_scales)
-        linear = Linear(n, k, None, None, None, packed)
+        order = first.order if isinstance(first, W4) else None
+        linear = Linear(n, k, None, None, None, packed, None if order is None else self._bytes(order))
         self._product(linear, "float32" if float32_out else self._dtype)
         return linear
 
@@ -151,6 +163,9 @@ class Linears:
         products = [product for product in self._products.values() if isinstance(product, W4Matmul)]
         floats = max((product.scratch_floats for product in products), default=0)
         self._scratch = torch.empty(max(1, floats), dtype=torch.float32, device=self._device.torch_device)
+        self._eight.finish()
+        widest = max((linear.k for linear in self._all if linear.order is not None), default=0)
+        self._ordered = torch.empty(self._max_rows * widest, **self._place)
         self._device.give_back()
         if makes_dense_copy(config, sum(2 * linear.n * linear.k for linear in packed), self._device.memory()[0]):
             for linear in packed:
@@ -161,7 +176,8 @@ class Linears:
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        made = (*self._products.values(), *self._repacks.values(), self._sum)
+        ordered = (self._take_columns,) if any(linear.order is not None for linear in self._all) else ()
+        made = (*self._products.values(), *self._repacks.values(), self._sum, self._eight, *ordered)
         return tuple(variant for operation in made for variant in operation.variants)
 
     # -- a step ---------------------------------------------------------------------------------------------------------
@@ -169,6 +185,10 @@ class Linears:
     def __call__(self, x: torch.Tensor, linear: Linear, out: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
         """out [rows, N] = x [rows, K] W^T + b, all in the computing dtype. Returns out, or, unless `whole` is asked for, the parts
         whose sum it would be (`engine/cuda/parts.py`), which stay until the next product."""
+        if linear.eight is not None:
+            self._eight(x, linear.eight, out, linear.bias, linear.bias16)
+            return out
+        x = self._in_order(x, linear)
         if self._takes_packed(linear, len(x)):
             product = self._product(linear, self._dtype)
             if isinstance(product, W4Portable):
@@ -186,6 +206,7 @@ class Linears:
 
     def float32(self, x: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
         """The same without bias into float32."""
+        x = self._in_order(x, linear)
         if self._takes_packed(linear, len(x)):
             product = self._product(linear, "float32")
             parts = product(x, linear.packed, out, self._scratch)
@@ -193,6 +214,13 @@ class Linears:
                 torch.sum(parts, 0, out=out)
         else:
             self._device.matmul_f32(x, self._dense(linear), out)
+
+    def _in_order(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+        if linear.order is None:
+            return x
+        out = self._ordered[: x.numel()].view(x.shape)
+        self._take_columns(x, linear.order, out)
+        return out
 
     def _takes_packed(self, linear: Linear, rows: int) -> bool:
         return linear.packed is not None and 0 < rows < min(dense_from(self._device.cc, linear.dense is not None), self._most_packed + 1)

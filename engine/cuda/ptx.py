@@ -221,6 +221,7 @@ sub_bf16x2 = _asm("fma.rn.bf16x2 $0, $2, 0xbf80bf80, $1;", [u32], [u32, u32], pu
 mul_f16x2 = _asm("mul.rn.f16x2 $0, $1, $2;", [u32], [u32, u32], pure=True)
 sub_f16x2 = _asm("sub.rn.f16x2 $0, $1, $2;", [u32], [u32, u32], pure=True)
 fma_bf16x2 = _asm("fma.rn.bf16x2 $0, $1, $2, $3;", [u32], [u32, u32, u32], pure=True)
+pack_e4m3 = _asm("cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;", [u16], [f32, f32], pure=True)  # (low, high); compute capability 8.9
 fma_f16x2 = _asm("fma.rn.f16x2 $0, $1, $2, $3;", [u32], [u32, u32, u32], pure=True)
 
 PACK = {"bfloat16": pack_bf16, "float16": pack_f16}

@@ -38,11 +38,11 @@ class Reference:
         slots.apply(plan)
         return self._decoder.forward(slots.batch(plan), self._kv)[0]
 
-    def check(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
+    def check(self, prompt: Sequence[int], answer: Sequence[int], margin: float = MARGIN) -> None:
         ids = list(prompt)
         for token in answer:
             logits = self.logits(ids)
-            assert logits.max() - logits[token] <= MARGIN * logits.std(), f"after {ids}: {token}, not {logits.argmax()}"
+            assert logits.max() - logits[token] <= margin * logits.std(), f"after {ids}: {token}, not {logits.argmax()}"
             ids.append(token)
 
 

@@ -73,6 +73,27 @@ class EmulatedDevice:
     def event(self) -> _Event:
         return _Event()
 
+    block_scaling = True
+
+    def int_mm(self, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+        assert len(x) > 16
+        out.copy_(x.to(torch.int32) @ w.T.to(torch.int32))
+
+    def scaled_mm(
+        self, x: torch.Tensor, w: torch.Tensor, scale_x: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        (rows, k), n = x.shape, len(w)
+        left, right = x.to(torch.float64), w.to(torch.float64)
+        if scale_x.shape == (rows, 1):  # what cuBLAS asks for
+            assert scale_x.is_contiguous() and scale_w.is_contiguous() and scale_w.shape == (1, n)
+            left, right = left * scale_x, right * scale_w.T
+        else:
+            assert scale_x.shape == (rows, k // 128) and scale_x.stride(0) == 1 and rows % 4 == 0 and k % 512 == 0
+            assert scale_w.shape == (k // 128, n // 128) and scale_w.stride(0) == 1
+            left = left * scale_x.repeat_interleave(128, 1)
+            right = right * scale_w.T.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        out.copy_(left @ right.T + (0 if bias is None else bias.to(torch.float64)))
+
     def synchronize(self) -> None:
         """Nothing is queued."""
 

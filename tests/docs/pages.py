@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,9 +31,13 @@ MOCK = {
 
 def blocks(page: str, language: str = "") -> list[tuple[str, str]]:
     """(language, text) of the fenced blocks of docs/PAGE.md, all or those in `language`."""
-    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = fences((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"))
     return [(name, block) for name, block in found if language in ("", name)]
+
+
+def fences(text: str) -> list[tuple[str, str]]:
+    """(language, text) of every fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 @dataclass
@@ -91,6 +96,13 @@ class Place:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+
+
+def generated(url: str) -> float:
+    """Tokens that a server has made. A text may be empty: an unseeded answer can end at once."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as metrics:
+        (count,) = re.findall(rb"^vllm:generation_tokens_total\S* (\S+)$", metrics.read(), re.MULTILINE)
+    return float(count)
 
 
 def lines(block: str) -> list[str]:

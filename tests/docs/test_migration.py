@@ -13,4 +13,4 @@ from tests.docs.pages import blocks, place
 def test_python(page: str, commands: Path, tmp_path: Path, toy_model: Path) -> None:
     ((language, block),) = blocks(page)
     assert language == "python"
-    assert place(commands, tmp_path, toy_model).python(block).strip()
+    assert place(commands, tmp_path, toy_model).python(block)  # one line an answer

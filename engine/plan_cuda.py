@@ -1,7 +1,8 @@
 """What a model takes on one NVIDIA card: the formulas of weights and buffers, for the plan and for who allocates them.
 
 Weights lie on a card in three forms: 4-bit matrices as `engine/w4.py` counts them, W8A8 and FP8 ones in 8 bits where the card
-multiplies those (`eight_bit_kind`), everything else (8-bit and odd GGUF types too) in 16 bits. All buffers of a step are made once, for the largest step. Named lines of bytes; no torch, no card.
+multiplies those (`eight_bit_kind`), everything else (8-bit and odd GGUF types too) in 16 bits. All buffers of a step are made
+once, for the largest step. Named lines of bytes; no torch, no card.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ Versions tried: none was measured yet.
 
 from __future__ import annotations
 
+from engine.cuda import ptx
 from engine.cuda.launch import Kernel
 from engine.cuda.target import cuda, pointer, types
 
@@ -44,6 +45,7 @@ def decode_schedule(strip: int, sections: int, window: int, most_shares: int, ma
         return i32(u32(a) // u32(b))
 
     def kernel(contexts, row_slots, num_rows, shares, rows):  # type: ignore[no-untyped-def]
+        ptx.after_previous()
         shared = cuda.shared.array(0, i32)
         thread = i32(cuda.threadIdx.x)
         each = over(i32(num_rows + i32(threads - 1)), i32(threads))
@@ -148,4 +150,4 @@ def decode_schedule(strip: int, sections: int, window: int, most_shares: int, ma
             rows[row * ROW_INTS + 6] = low_share
             row = i32(row + threads)
 
-    return Kernel(kernel, (INTS, INTS, i32, INTS, INTS), threads, 4 * words)
+    return Kernel(kernel, (INTS, INTS, i32, INTS, INTS), threads, 4 * words, early=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engine.cuda.launch import Kernel
+from engine.cuda.launch import EARLY_LAUNCH, Kernel
 from engine.errors import DeviceError
 
 OLDEST = (7, 5)  # Turing: what CUDA 13 still compiles for
@@ -54,9 +54,9 @@ class CudaDevice:
         if kernel.shared_bytes > 48 * 1024:  # more must be asked for
             most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _done(driver.cuFuncSetAttribute(function, most, kernel.shared_bytes), f"{entry}: {kernel.shared_bytes} bytes of shared memory")
-        return self._launcher(driver.cuLaunchKernel, function, entry, kernel)
+        return self._launcher(driver, function, entry, kernel)
 
-    def _launcher(self, launch: Callable[..., Any], function: Any, entry: str, kernel: Kernel) -> Callable[..., None]:
+    def _launcher(self, driver: Any, function: Any, entry: str, kernel: Kernel) -> Callable[..., None]:
         kinds, stream, threads, most_shared = kernel.kinds, self._handle, kernel.threads, kernel.shared_bytes
         layout = struct.Struct("=" + "".join(_PADDED[kind] for kind in kinds))
         buffer = ctypes.create_string_buffer(max(layout.size, SLOT))
@@ -65,17 +65,25 @@ class CudaDevice:
         parameters = ctypes.addressof(places)
         count = len(kinds)
         tensor = torch.Tensor
+        config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+        config.blockDimX, config.blockDimY, config.blockDimZ, config.hStream = threads, 1, 1, stream
+        if kernel.early and self.cc >= EARLY_LAUNCH:
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        launch = driver.cuLaunchKernelEx
 
         def call(grid: int | tuple[int, int, int], *arguments: Any, shared_bytes: int = most_shared) -> None:
             if len(arguments) != count:
                 raise TypeError(f"{entry} takes {count} arguments, {len(arguments)} were given")
             layout.pack_into(buffer, 0, *[a.data_ptr() if isinstance(a, tensor) else 0 if a is None else a for a in arguments])
             x, y, z = (grid, 1, 1) if isinstance(grid, int) else grid
-            (status,) = launch(function, x, y, z, threads, 1, 1, shared_bytes, stream, parameters, 0)
+            config.gridDimX, config.gridDimY, config.gridDimZ, config.sharedMemBytes = x, y, z, shared_bytes
+            (status,) = launch(config, function, parameters, 0)
             if status:
                 raise DeviceError(f"The launch of {entry} on {x} x {y} x {z} thread blocks failed: {status.name}.")
 
-        call.held = (buffer, places)  # type: ignore[attr-defined]  # the driver reads them at each launch
+        call.held = (buffer, places, attribute)  # type: ignore[attr-defined]  # the driver reads them at each launch
         return call
 
     # -- memory, order, graphs ------------------------------------------------------------------------------------------

@@ -121,6 +121,8 @@ def rms_norm(hidden: int, dtype: str, add: str, threads: int) -> Kernel:
                     values[first], values[first + 1], values[first + 2], values[first + 3] = zero, zero, zero, zero
 
     def norm_kernel(residual, weight, out, eps):  # type: ignore[no-untyped-def]
+        ptx.next_may_begin()
+        ptx.after_previous()
         row = u64(cuda.blockIdx.x) * u64(row_bytes)
         values = cuda.local.array(numbers, f32)
         partial = cuda.shared.array(32, f32)
@@ -153,6 +155,8 @@ def rms_norm(hidden: int, dtype: str, add: str, threads: int) -> Kernel:
                     )  # fmt: skip
 
     def add_norm_kernel(x, residual, weight, out, eps):  # type: ignore[no-untyped-def]
+        ptx.next_may_begin()
+        ptx.after_previous()
         row = u64(cuda.blockIdx.x) * u64(row_bytes)
         packed = cuda.local.array(words, u32)
         values = cuda.local.array(numbers, f32)
@@ -165,6 +169,8 @@ def rms_norm(hidden: int, dtype: str, add: str, threads: int) -> Kernel:
         normalise(values, weight, ptx.address(out) + row, eps, partial)
 
     def add_parts_kernel(parts, count, stride, residual, weight, out, eps):  # type: ignore[no-untyped-def]
+        ptx.next_may_begin()
+        ptx.after_previous()
         row = u64(cuda.blockIdx.x) * u64(row_bytes)
         values = cuda.local.array(numbers, f32)
         added = cuda.local.array(numbers, f32)
@@ -177,10 +183,10 @@ def rms_norm(hidden: int, dtype: str, add: str, threads: int) -> Kernel:
         normalise(values, weight, ptx.address(out) + row, eps, partial)
 
     if add == "parts":
-        return Kernel(add_parts_kernel, (WORDS, u32, u64, WORDS, FLOATS, WORDS, f32), threads)
+        return Kernel(add_parts_kernel, (WORDS, u32, u64, WORDS, FLOATS, WORDS, f32), threads, early=True)
     if add == "rows":
-        return Kernel(add_norm_kernel, (WORDS, WORDS, FLOATS, WORDS, f32), threads)
-    return Kernel(norm_kernel, (WORDS, FLOATS, WORDS, f32), threads)
+        return Kernel(add_norm_kernel, (WORDS, WORDS, FLOATS, WORDS, f32), threads, early=True)
+    return Kernel(norm_kernel, (WORDS, FLOATS, WORDS, f32), threads, early=True)
 
 
 def silu_mul(intermediate: int, dtype: str, threads: int, parted: bool) -> Kernel:
@@ -198,6 +204,8 @@ def silu_mul(intermediate: int, dtype: str, threads: int, parted: bool) -> Kerne
         return pack(silu(low(gate)) * low(up), silu(high(gate)) * high(up))
 
     def kernel(gate_up, out, count):  # type: ignore[no-untyped-def]
+        ptx.next_may_begin()
+        ptx.after_previous()
         at = u32(cuda.blockIdx.x) * u32(threads) + u32(cuda.threadIdx.x)
         if at < u32(count):
             row = at // u32(per_row)
@@ -207,6 +215,8 @@ def silu_mul(intermediate: int, dtype: str, threads: int, parted: bool) -> Kerne
             ptx.store_128(ptx.address(out) + u64(at) * u64(16), both(g0, u0), both(g1, u1), both(g2, u2), both(g3, u3))
 
     def parted_kernel(parts, number, stride, out, count):  # type: ignore[no-untyped-def]
+        ptx.next_may_begin()
+        ptx.after_previous()
         at = u32(cuda.blockIdx.x) * u32(threads) + u32(cuda.threadIdx.x)
         if at < u32(count):
             row = at // u32(per_row)
@@ -219,8 +229,8 @@ def silu_mul(intermediate: int, dtype: str, threads: int, parted: bool) -> Kerne
             ptx.store_128(ptx.address(out) + u64(at) * u64(16), pack(g[0], g[1]), pack(g[2], g[3]), pack(g[4], g[5]), pack(g[6], g[7]))
 
     if parted:
-        return Kernel(parted_kernel, (WORDS, u32, u64, WORDS, i32), threads)
-    return Kernel(kernel, (WORDS, WORDS, i32), threads)
+        return Kernel(parted_kernel, (WORDS, u32, u64, WORDS, i32), threads, early=True)
+    return Kernel(kernel, (WORDS, WORDS, i32), threads, early=True)
 
 
 def embed(hidden: int, dtype: str) -> Kernel:
@@ -230,6 +240,8 @@ def embed(hidden: int, dtype: str) -> Kernel:
     rounds, whole = -(-vectors // threads), vectors % threads == 0
 
     def kernel(table, ids, stride, token_slots, positions, out):  # type: ignore[no-untyped-def]
+        ptx.next_may_begin()
+        ptx.after_previous()
         token, thread = i32(cuda.blockIdx.x), i32(cuda.threadIdx.x)
         at = u64(token_slots[token]) * u64(stride) + u64(positions[token])
         source = ptx.address(table) + u64(ids[at]) * u64(2 * hidden)
@@ -242,7 +254,7 @@ def embed(hidden: int, dtype: str) -> Kernel:
                 ptx.store_128(place, bits(low(a)), bits(high(a)), bits(low(b)), bits(high(b)))
                 ptx.store_128(place + u64(16), bits(low(c)), bits(high(c)), bits(low(d)), bits(high(d)))
 
-    return Kernel(kernel, (WORDS, INTS, i32, INTS, INTS, WORDS), threads)
+    return Kernel(kernel, (WORDS, INTS, i32, INTS, INTS, WORDS), threads, early=True)
 
 
 def take_rows(hidden: int) -> Kernel:
@@ -251,6 +263,8 @@ def take_rows(hidden: int) -> Kernel:
     rounds, whole = -(-vectors // threads), vectors % threads == 0
 
     def kernel(x, indices, out):  # type: ignore[no-untyped-def]
+        ptx.next_may_begin()
+        ptx.after_previous()
         row, thread = i32(cuda.blockIdx.x), i32(cuda.threadIdx.x)
         source = ptx.address(x) + u64(indices[row]) * u64(2 * hidden)
         to = ptx.address(out) + u64(row) * u64(2 * hidden)
@@ -260,19 +274,21 @@ def take_rows(hidden: int) -> Kernel:
                 a, b, c, d = ptx.load_constant_128(source + u64(u32(vector) * u32(16)))
                 ptx.store_128(to + u64(u32(vector) * u32(16)), a, b, c, d)
 
-    return Kernel(kernel, (WORDS, INTS, WORDS), threads)
+    return Kernel(kernel, (WORDS, INTS, WORDS), threads, early=True)
 
 
 def apply_updates() -> Kernel:
     """(tables, entries of a slot, updates, how many)."""
 
     def kernel(tables, stride, updates, count):  # type: ignore[no-untyped-def]
+        ptx.next_may_begin()
+        ptx.after_previous()
         at = i32(cuda.blockIdx.x) * i32(COPY_THREADS) + i32(cuda.threadIdx.x)
         if at < count:
             entry = i32(3) * at
             tables[u64(updates[entry]) * u64(stride) + u64(updates[entry + i32(1)])] = updates[entry + i32(2)]
 
-    return Kernel(kernel, (INTS, i32, INTS, i32), COPY_THREADS)
+    return Kernel(kernel, (INTS, i32, INTS, i32), COPY_THREADS, early=True)
 
 
 # -- operations -----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Optional: RMSNorm of each head of q and k before rope, logn scaling of q after i
 Layout: 16-bit numbers in the computing dtype unless said; a "word" is two of them, dimensions 2w and 2w + 1.
 
     qkv       [T, heads q | kv_heads k | kv_heads v, head_dim]
-    pool      one layer: [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim]    (engine/cache/layout.py)
+    pool      one layer: [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim], or a quantized one (engine/cache/layout.py)
     cos, sin  float32 [max_position, rotary / 2]          tables int32 [slots + 1, blocks_per_slot]
     a head    | a: rotary / 2 | b: rotary / 2 | rest |      a_i turns with b_i; rest, and all of v, is copied
 
@@ -13,7 +13,8 @@ Work split: one warp a head of a token; grid = T * ceil((heads + 2 kv_heads) / w
 l, l + 32, .. of a and of b (so it has both numbers of every pair it turns) and of the rest, as float32 in registers: qkv is
 read once (or its parts, `engine/cuda/parts.py`) and written once. A token's position and block are found by every warp for itself: two loads that the cache answers.
 
-The write into the pool is `store_words`, alone, so that a quantized pool is another such function.
+A quantized pool gets codes (`engine/cuda/kv_quant.py`). Where its heads are turned too (4 bits), a warp first deals its head out
+again through shared memory, lane l words l, l + 32, .., and q is stored so.
 Portable: float16 variants use no instruction that compute capability 7.5 lacks.
 
 Versions tried: none was measured yet; warps a block is a factory constant so that it can be.
@@ -26,8 +27,11 @@ from typing import Any
 
 import torch
 
+from engine.cache.layout import KVLayout
 from engine.cuda import ptx
+from engine.cuda.attention_tiles import check_pool
 from engine.cuda.elementwise import DTYPES, PACK
+from engine.cuda.kv_quant import quantizer, rotator
 from engine.cuda.launch import Kernel, Library, Variant
 from engine.cuda.parts import check_parts, part_adder, part_arguments
 from engine.cuda.target import cuda, pointer, types
@@ -40,7 +44,7 @@ WORDS, INTS, FLOATS = pointer(u32), pointer(i32), pointer(f32)
 
 def rope_store(
     heads: int, kv_heads: int, head_dim: int, rotary: int, block_seq_len: int, dtype: str, normed: bool, trained_length: int, warps: int,
-    parted: bool,
+    parted: bool, bits: int = 0,
 ) -> Kernel:
     """(qkv, cos, sin, token_slots, positions, tables, entries of a slot, pool, q_norm, k_norm, eps), after them, where `parted`,
     (parts, how many, bytes of one); trained_length 0: no logn."""
@@ -57,6 +61,11 @@ def rope_store(
     per_octave = f32(1.0 / math.log2(trained_length)) if trained_length else f32(0.0)
     lane_steps = (16, 8, 4, 2, 1)
     add_parts = part_adder(2)
+    turns_heads = bits == 4
+    layout = KVLayout(1, kv_heads, head_dim, block_seq_len, dtype, bits)
+    row_bytes, block_bytes, pairs_at = layout.row_bytes, layout.layer_block_bytes, layout.pairs_at
+    dealt = all_words // 32 if turns_heads else 1  # words of a lane, dealt out in order
+    dealt_numbers, exchanged = 2 * dealt, warps * head_dim if turns_heads else 1
 
     @cuda.jit(device=True, inline="always")
     def word_of(i: Any, lane: Any) -> Any:
@@ -96,6 +105,33 @@ def rope_store(
                 ptx.store_32(to + u64(u32(word) * u32(4)), pack(x[2 * i], x[2 * i + 1]))
 
     @cuda.jit(device=True, inline="always")
+    def in_order(i: Any, lane: Any) -> Any:
+        return lane + i32(32 * i)
+
+    @cuda.jit(device=True, inline="always")
+    def deal(x: Any, y: Any, floats: Any, barrier: Any, lane: Any) -> None:
+        """x, held as `word_of` says, to y, in order. floats: shared address for one head."""
+        for i in range(held):
+            word = word_of(i, lane)
+            if word < i32(all_words):
+                ptx.store_shared_64(u32(floats + u32(word) * u32(8)), ptx.bits_of_float(x[2 * i]), ptx.bits_of_float(x[2 * i + 1]))
+        ptx.some_barrier(barrier, u32(32))
+        for i in range(dealt):
+            a, b = ptx.load_shared_64(u32(floats + u32(in_order(i, lane)) * u32(8)))
+            y[2 * i], y[2 * i + 1] = ptx.float_of_bits(a), ptx.float_of_bits(b)
+
+    @cuda.jit(device=True, inline="always")
+    def store_in_order(to: Any, y: Any, lane: Any) -> None:
+        for i in range(dealt):
+            ptx.store_32(to + u64(u32(in_order(i, lane)) * u32(4)), pack(y[2 * i], y[2 * i + 1]))
+
+    rotate = quantize = store_words  # of a pool that is not quantized neither is called
+    if turns_heads:
+        rotate, quantize = rotator(head_dim), quantizer(head_dim, bits, dealt, in_order)
+    elif bits:
+        quantize = quantizer(head_dim, bits, held, word_of)
+
+    @cuda.jit(device=True, inline="always")
     def normalise(x: Any, weight: Any, eps: Any, lane: Any) -> None:
         total = zero
         for i in range(numbers):
@@ -124,6 +160,8 @@ def rope_store(
 
     @cuda.jit(device=True, inline="always")
     def work(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps, parts, count, part_bytes):  # type: ignore[no-untyped-def]
+        ptx.next_may_begin()
+        ptx.after_previous()
         thread, group = i32(cuda.threadIdx.x), i32(cuda.blockIdx.x)
         lane, token = thread & i32(31), i32(u32(group) // u32(groups))
         head = (group - token * i32(groups)) * i32(warps) + (thread >> i32(5))
@@ -147,15 +185,33 @@ def rope_store(
                 scale = ptx.log2(f32(position + i32(1))) * per_octave if position >= i32(trained_length) else one
                 for i in range(numbers):
                     x[i] *= scale
-            store_words(own, x, lane)
-        else:
+            if not turns_heads:
+                store_words(own, x, lane)
+        if turns_heads:
+            y = cuda.local.array(dealt_numbers, f32)
+            shared = ptx.to_shared(ptx.generic_address(cuda.shared.array(exchanged, f32)))
+            warp = u32(u32(thread) >> u32(5))
+            deal(x, y, u32(shared + warp * u32(4 * head_dim)), u32(warp + u32(1)), lane)
+            rotate(y, lane)
+            if head < i32(heads):
+                store_in_order(own, y, lane)
+        if head >= i32(heads):
             of_v = head >= i32(heads + kv_heads)
             kv_head = head - i32(heads) - (i32(kv_heads) if of_v else i32(0))
             index = i32(u32(position) // u32(block_seq_len))
             block = tables[u64(token_slots[token]) * u64(stride) + u64(index)]
             place = u32(kv_head) * u32(block_seq_len) + u32(position - index * i32(block_seq_len))
-            to = ptx.address(pool) + u64(u32(block) * u32(2) + u32(of_v)) * u64(kv_bytes) + u64(place * u32(head_bytes))
-            store_words(to, x, lane)
+            if bits > 0:
+                place = place + (u32(kv_heads * block_seq_len) if of_v else u32(0))
+                start = ptx.address(pool) + u64(u32(block)) * u64(block_bytes)
+                codes, pair = start + u64(place * u32(row_bytes)), start + u64(u32(pairs_at) + place * u32(4))
+                if turns_heads:
+                    quantize(y, codes, pair, lane)
+                else:
+                    quantize(x, codes, pair, lane)
+            else:
+                to = ptx.address(pool) + u64(u32(block) * u32(2) + u32(of_v)) * u64(kv_bytes) + u64(place * u32(head_bytes))
+                store_words(to, x, lane)
 
     def kernel(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps):  # type: ignore[no-untyped-def]
         work(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps, qkv, u32(0), u64(0))
@@ -165,14 +221,15 @@ def rope_store(
 
     arguments = (WORDS, FLOATS, FLOATS, INTS, INTS, INTS, i32, WORDS, FLOATS, FLOATS, f32)
     if parted:
-        return Kernel(parted_kernel, (*arguments, WORDS, u32, u64), 32 * warps)
-    return Kernel(kernel, arguments, 32 * warps)
+        return Kernel(parted_kernel, (*arguments, WORDS, u32, u64), 32 * warps, early=True)
+    return Kernel(kernel, arguments, 32 * warps, early=True)
 
 
 class RopeStore:
     """Rope, q and k normed before it where the model has that, into qkv (q) and into one layer's pool (k, v).
 
-    qkv [T, (heads + 2 kv_heads) * head_dim] and pool [blocks, 2, kv_heads, block_seq_len, head_dim] in the computing dtype; token t
+    qkv [T, (heads + 2 kv_heads) * head_dim] in the computing dtype; pool one layer of `engine/cache/layout.py`, of `bits` 8 or 4 where
+    it is quantized; token t
     is position `positions[t]` of batch slot `token_slots[t]` and goes to block `tables[slot, position // block_seq_len]`. cos, sin
     float32 [max_position, rotary_dim / 2]; q_norm, k_norm float32 [head_dim], None without `qk_norm`. `trained_length`: of logn
     scaling, 0 for none. k and v inside qkv are left as they were.
@@ -193,21 +250,24 @@ class RopeStore:
         qk_norm: bool = False,
         trained_length: int = 0,
         warps: int = WARPS,
+        bits: int = 0,
     ) -> None:
         if head_dim % 4 or not 16 <= head_dim <= 256:
             raise ValueError(f"head_dim is {head_dim}; a multiple of 4 from 16 to 256 is needed")
         if rotary_dim % 4 or not 0 < rotary_dim <= head_dim:
             raise ValueError(f"rotary_dim is {rotary_dim}; a multiple of 4 up to head_dim = {head_dim} is needed")
+        if bits == 4 and head_dim % 64:
+            raise ValueError(f"head_dim is {head_dim}; a multiple of 64 is needed where K and V are kept in 4 bits")
         if heads < 1 or kv_heads < 1:
             raise ValueError(f"{heads} heads and {kv_heads} KV heads; at least 1 of each is needed")
         if trained_length == 1 or trained_length < 0:
             raise ValueError(f"trained_length is {trained_length}; 0 or at least 2 is needed")
         self._library, self._dtype, self._qk_norm, self._half = library, DTYPES[dtype], qk_norm, rotary_dim // 2
         self._width = (heads + 2 * kv_heads) * head_dim
-        self._position = (2, kv_heads, block_seq_len, head_dim)
+        self._layout = KVLayout(1, kv_heads, head_dim, block_seq_len, dtype, bits)
         self._groups = -(-(heads + 2 * kv_heads) // warps)
         constants = (heads, kv_heads, head_dim, rotary_dim, block_seq_len, dtype, qk_norm, trained_length, warps)
-        self.variants = tuple(Variant(__name__, "rope_store", (*constants, parted)) for parted in (False, True))
+        self.variants = tuple(Variant(__name__, "rope_store", (*constants, parted, bits)) for parted in (False, True))
 
     def __call__(
         self,
@@ -226,8 +286,7 @@ class RopeStore:
         tokens = len(positions)
         if qkv.shape != (tokens, self._width) or qkv.dtype != self._dtype or not qkv.is_contiguous():
             raise ValueError(f"qkv is {qkv.dtype} {tuple(qkv.shape)}, not consecutive {self._dtype} {(tokens, self._width)}")
-        if pool.shape[1:] != self._position or pool.dtype != self._dtype or not pool.is_contiguous():
-            raise ValueError(f"the pool is {pool.dtype} {tuple(pool.shape)}, not consecutive {self._dtype} [blocks, *{self._position}]")
+        check_pool(pool, self._layout)
         if cos.shape[1] != self._half or sin.shape != cos.shape:
             raise ValueError(f"cos and sin are {tuple(cos.shape)} and {tuple(sin.shape)}, not [positions, {self._half}]")
         if (q_norm is None or k_norm is None) == self._qk_norm:

@@ -25,9 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.cuda.target import compile_ptx, types
+from engine.cuda.target import AFTER_PREVIOUS, NEXT_MAY_BEGIN, compile_ptx, types
 from engine.errors import DeviceError
 
+EARLY_LAUNCH = (9, 0)  # the first compute capability with griddepcontrol
 REPORT = re.compile(r"used (\d+) registers.*?, (\d+) stack(?:.*?, (\d+) bytes lmem)?")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 KINDS = {types.int32: "i", types.uint32: "I", types.int64: "q", types.uint64: "Q", types.float32: "f", types.float64: "d"}
@@ -37,7 +38,9 @@ Scalar = int | float | str | bool
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """A kernel before compilation. `threads`: of a thread block; `shared_bytes`: dynamic shared memory of a launch;
-    `min_blocks`: thread blocks that must fit on a multiprocessor; `suffix` "a": uses the architecture's own instructions."""
+    `min_blocks`: thread blocks that must fit on a multiprocessor; `suffix` "a": uses the architecture's own instructions; `early`:
+    every thread calls `ptx.after_previous` before it touches what other kernels write, so that the kernel may be started while
+    the one before it still runs (programmatic dependent launch, cc 9.0)."""
 
     function: Callable[..., None]
     arguments: tuple[Any, ...]
@@ -46,6 +49,7 @@ class Kernel:
     min_blocks: int = 1
     fastmath: bool = False
     suffix: str = ""
+    early: bool = False
 
     @property
     def kinds(self) -> str:
@@ -102,6 +106,10 @@ def to_ptx(variant: Variant, cc: tuple[int, int]) -> str:
         kernel.function, kernel.arguments, cc, threads=kernel.threads, min_blocks=kernel.min_blocks, fastmath=kernel.fastmath,
         suffix=kernel.suffix,
     )  # fmt: skip
+    if kernel.early != (AFTER_PREVIOUS in text):
+        raise RuntimeError(f"{variant.name} is {'not ' if kernel.early else ''}to wait for the kernel before it, by what its factory says")
+    if cc >= EARLY_LAUNCH:
+        text = text.replace(AFTER_PREVIOUS, "griddepcontrol.wait;").replace(NEXT_MAY_BEGIN, "griddepcontrol.launch_dependents;")
     return text.replace(mangled, variant.name)
 
 

@@ -289,6 +289,7 @@ def paged_decode(
         return ready
 
     def kernel(q, q_stride, kv, tables, table_stride, shares, rows, partials, counters, out):  # type: ignore[no-untyped-def]
+        ptx.after_previous()
         shared = ptx.to_shared(ptx.generic_address(cuda.shared.array(0, u32, alignment=16)))
         query, weights = cuda.local.array(query_words, u32), cuda.local.array(column_words, u32)
         sums, scores = cuda.local.array(fragments, f32), cuda.local.array(score_words, f32)
@@ -417,7 +418,7 @@ def paged_decode(
             row = i32(row + i32(1))
 
     arguments = (HALVES, i32, HALVES, INTS, i32, INTS, INTS, FLOATS, WORDS, HALVES)
-    return Kernel(kernel, arguments, threads, warps * ring_bytes + 16, blocks)
+    return Kernel(kernel, arguments, threads, warps * ring_bytes + 16, blocks, early=True)
 
 
 class PagedDecode:

@@ -61,6 +61,8 @@ def sum_parts(dtype: str, threads: int) -> Kernel:
     pack, add_parts = PACK[dtype], part_adder(8)
 
     def kernel(parts, count, stride, out, vectors):  # type: ignore[no-untyped-def]
+        ptx.next_may_begin()
+        ptx.after_previous()
         at = u32(cuda.blockIdx.x) * u32(threads) + u32(cuda.threadIdx.x)
         if at < u32(vectors):
             v = cuda.local.array(8, f32)
@@ -68,7 +70,7 @@ def sum_parts(dtype: str, threads: int) -> Kernel:
             to = ptx.address(out) + u64(at) * u64(16)
             ptx.store_128(to, pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]))
 
-    return Kernel(kernel, (WORDS, u32, u64, WORDS, u32), threads)
+    return Kernel(kernel, (WORDS, u32, u64, WORDS, u32), threads, early=True)
 
 
 class SumParts:

@@ -69,6 +69,7 @@ def prefill(
     pair_steps = (1, 2)
 
     def kernel(q, q_stride, kv, tables, table_stride, work, out, out_stride):  # type: ignore[no-untyped-def]
+        ptx.after_previous()
         shared = ptx.to_shared(ptx.generic_address(cuda.shared.array(0, u32, alignment=16)))
         sums = cuda.local.array(sum_count, f32)
         scores = cuda.local.array(score_count, f32)
@@ -261,7 +262,7 @@ def prefill(
                 ptx.store_128(to, a0, a1, a2, a3)
 
     arguments = (HALVES, i32, HALVES, INTS, i32, INTS, HALVES, i32)
-    return Kernel(kernel, arguments, threads, query_bytes + stages * stage_bytes, blocks)
+    return Kernel(kernel, arguments, threads, query_bytes + stages * stage_bytes, blocks, early=True)
 
 
 class PrefillAttention:

@@ -14,7 +14,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from engine.cuda.target import ConfigStack, intrinsic, types
+from engine.cuda.target import AFTER_PREVIOUS, NEXT_MAY_BEGIN, ConfigStack, intrinsic, types
 
 u16, u32, u64, i32, f32, f64 = types.uint16, types.uint32, types.uint64, types.int32, types.float32, types.float64
 
@@ -154,6 +154,8 @@ load_stream_32 = _asm("ld.global.nc.L1::no_allocate.u32 $0, [$1];", [u32], [u64]
 load_stream_64 = _asm("ld.global.nc.L1::no_allocate.v2.u32 {$0,$1}, [$2];", [u32] * 2, [u64], pure=True)
 load_stream_128 = _asm("ld.global.nc.L1::no_allocate.v4.u32 {$0,$1,$2,$3}, [$4];", [u32] * 4, [u64], pure=True)
 store_32 = _asm("st.global.u32 [$0], $1;", [], [u64, u32], memory=True)
+store_8 = _asm("st.global.u8 [$0], $1;", [], [u64, u32], memory=True)  # the low byte
+store_16 = _asm("st.global.u16 [$0], $1;", [], [u64, u32], memory=True)
 store_64 = _asm("st.global.v2.u32 [$0], {$1,$2};", [], [u64, u32, u32], memory=True)
 store_128 = _asm("st.global.v4.u32 [$0], {$1,$2,$3,$4};", [], [u64, u32, u32, u32, u32], memory=True)
 
@@ -247,6 +249,13 @@ warp_barrier = _asm("bar.warp.sync 0xffffffff;", [], [], memory=True)
 
 # -- between thread blocks ------------------------------------------------------------------------------------------------------
 
+# Programmatic dependent launch, for kernels marked `early` (launch.Kernel). Comments here: `launch.to_ptx` writes griddepcontrol in
+# their place for cards that have it (cc 9.0). Before `after_previous` a kernel may only read what no kernel writes: weights. The next
+# kernel's thread blocks are started where there is room once all of this one's have passed `next_may_begin` or ended: early in
+# a small kernel, whose multiprocessors are mostly free; behind the work of one that fills them, or the next one's blocks would
+# crowd where room happens to be.
+after_previous = _asm(AFTER_PREVIOUS, [], [], memory=True)
+next_may_begin = _asm(NEXT_MAY_BEGIN, [], [], memory=True)
 fence_device = _asm("fence.acq_rel.gpu;", [], [], memory=True)  # membar: what was written before is seen by who sees what comes after
 add_counter = _asm("atom.add.acq_rel.gpu.global.u32 $0, [$1], $2;", [u32], [u64, u32], memory=True)  # the value before
 
@@ -284,3 +293,63 @@ ceiling = _asm("cvt.rpi.f64.f64 $0, $1;", [f64], [f64], pure=True)
 
 store_release_system = _asm("st.release.sys.global.u32 [$0], $1;", [], [u64, u32], memory=True)
 load_acquire_system = _asm("ld.acquire.sys.global.u32 $0, [$1];", [u32], [u64], memory=True)
+
+# -- Hopper: barriers in shared memory that know phases, and the asynchronous proxy (mbarrier, fence.proxy; cc 9.0) -------------------
+
+mbarrier_init = _asm("mbarrier.init.shared::cta.b64 [$0], $1;", [], [u32, u32], memory=True)  # a1: arrivals of a phase
+mbarrier_arrive = _asm("mbarrier.arrive.shared::cta.b64 _, [$0];", [], [u32], memory=True)
+# 1 when the phase of parity a1 is over; may wait a while before it says 0
+mbarrier_over = _asm(
+    "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; selp.u32 $0, 1, 0, p; }", [u32], [u32, u32], memory=True
+)
+fence_async_proxy = _asm("fence.proxy.async.shared::cta;", [], [], memory=True)  # what this thread stored is seen by wgmma
+# of 4 bytes the first `a2` are read, the rest of the destination becomes 0
+copy_async_4_or_zero = _asm("cp.async.ca.shared.global [$0], [$1], 4, $2;", [], [u32, u64, u32], memory=True)
+
+
+def registers_up(count: int) -> Any:
+    """setmaxnreg: a warpgroup takes registers that others of its thread block have given away, a multiple of 8."""
+    return _asm(f"setmaxnreg.inc.sync.aligned.u32 {count};", [], [], memory=True)
+
+
+def registers_down(count: int) -> Any:
+    """setmaxnreg: a warpgroup keeps only so many registers."""
+    return _asm(f"setmaxnreg.dec.sync.aligned.u32 {count};", [], [], memory=True)
+
+
+def on_arrays(text: str, changed: tuple[Any, int], given: tuple[tuple[Any, int], ...], scalars: tuple[Any, ...] = ()) -> Any:
+    """An intrinsic that emits `text` on the elements of local arrays: (changed array, *given arrays, *scalars).
+
+    `changed` and `given`: element type and number of elements. Operands: `$0 ..` the elements of the changed array, in place; then, after
+    as many numbers that `text` does not use, those of the given arrays in order, then the scalars.
+    """
+    arrays = (changed, *given)
+    first = changed[1]
+    constraints = ",".join(
+        [f"={_CONSTRAINT[changed[0]]}"] * first
+        + [str(i) for i in range(first)]
+        + [_CONSTRAINT[kind] for kind, count in given for _ in range(count)]
+        + [_CONSTRAINT[kind] for kind in scalars]
+        + ["~{memory}"]
+    )
+    operand_types = [_LLVM[kind] for kind, count in arrays for _ in range(count)] + [_LLVM[kind] for kind in scalars]
+    returns = ir.LiteralStructType([_LLVM[changed[0]]] * first)
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        places = []
+        for (_, count), kind, operand in zip(arrays, signature.args, operands, strict=False):
+            data = context.make_array(kind)(context, builder, value=operand).data
+            places += [builder.gep(data, [ir.Constant(ir.IntType(32), i)], inbounds=True) for i in range(count)]
+        values = [builder.load(place) for place in places] + list(operands[len(arrays) :])
+        results = builder.call(ir.InlineAsm(ir.FunctionType(returns, operand_types), text, constraints, side_effect=True), values)
+        for i in range(first):
+            builder.store(builder.extract_value(results, i), places[i])
+        return context.get_dummy_value()
+
+    def typed(typingctx: Any, *kinds: Any) -> Any:
+        if any(not isinstance(kind, types.Array) for kind in kinds[: len(arrays)]):
+            return None
+        return types.void(*kinds[: len(arrays)], *scalars), generate
+
+    typed.__signature__ = _signature(len(arrays) + len(scalars))  # type: ignore[attr-defined]
+    return intrinsic(typed)

@@ -25,6 +25,7 @@ __all__ = ["PTX_ARCHITECTURES", "ConfigStack", "compile_ptx", "cuda", "intrinsic
 
 # What CI compiles for: A100, RTX 30, RTX 40 and L4, H100 and H200. Older cards take the portable kernels.
 PTX_ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0))
+AFTER_PREVIOUS, NEXT_MAY_BEGIN = "// after the previous kernel", "// the next kernel may begin"  # ptx.after_previous, .next_may_begin
 ENTRY = re.compile(r"\.entry\s+([\w$]+)")
 
 

@@ -26,6 +26,8 @@ Work split:
 
         step i:   wait for copy i + 1 | barrier | copy i + stages - 1 | sums of x of step i + 1 | products of step i
 
+    Weights of the first steps are on their way before the kernel before this one has ended (`ptx.after_previous`).
+
     At the end the warps along K add up in shared memory, in order. With S = 1 that is the output; else float32 parts [S, M, N] that
     the next kernel adds up (`engine/cuda/parts.py`): no counter, no fence, nobody waits for anybody, and results do not depend
     on timing.
@@ -42,7 +44,6 @@ emulator at 1 / 8 / 16 / 32 / 64 rows; at 4.37 TB/s an H200's warp schedulers ha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -144,6 +145,17 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
                 acc[o + 1] = ptx.fma(scale[q + 1], x1, ptx.fma(scale[q], part[p + 1], acc[o + 1]))
                 acc[o + 2] = ptx.fma(scale[q + 3], x0, ptx.fma(scale[q + 2], part[p + 2], acc[o + 2]))
                 acc[o + 3] = ptx.fma(scale[q + 3], x1, ptx.fma(scale[q + 2], part[p + 3], acc[o + 3]))
+
+    @cuda.jit(device=True, inline="always")
+    def copy_weights(w_from, s_from, slot, warp, lane):  # type: ignore[no-untyped-def]
+        """A warp's weights and pairs of one step begin to arrive in a stage of the ring."""
+        to = u32(slot + u32(warp * u32(weights_of_warp)) + u32(lane * u32(16)))
+        for j in range(tiles):
+            for c in range(chunks_of_unit):
+                ptx.copy_async_16(u32(to + u32((j * chunks_of_unit + c) * 512)), u64(w_from[j] + u64(c * 512)))
+        if lane < u32(copy_lanes):
+            to = u32(slot + u32(pairs_at) + u32(warp * u32(pairs_of_warp)) + u32(lane * u32(16)))
+            ptx.copy_async_16(to, s_from)
 
     @cuda.jit(device=True, inline="always")
     def load_scales(scale, at):  # type: ignore[no-untyped-def]
@@ -249,6 +261,14 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
         s_from = u64(ptx.address(pairs) + u64(at) * u64(64) + u64(u32(pair_piece * u32(16))))
         x_from = u64(x_begin + u64(u32(ks * u32(step_k * 2))))
         x_k = u32(u32(ks * u32(step_k)) + u32(x_piece * u32(8)))
+        for i in range(stages - 1):  # weights of the first steps: they wait for nobody
+            if i32(i) < count:
+                if u32(ks + u32(i)) < own_steps:
+                    copy_weights(w_from, s_from, u32(shared + u32(i * stage)), warp, lane)
+                for j in range(tiles):
+                    w_from[j] = u64(w_from[j] + u64(step_chunks * 512))
+                s_from = u64(s_from + u64(warps_k * groups_of_unit * 64))
+        ptx.after_previous()
         here = u32(stage)  # ring offset of step `it`
         it = i32(1 - stages)
         while it < count:
@@ -257,14 +277,12 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
 
             slot = u32(here - u32(stage)) if here >= u32(stage) else u32(ring - stage)
             if i32(it + i32(stages - 1)) < count:
-                if ks_copy < own_steps:
-                    to = u32(shared + slot + u32(warp * u32(weights_of_warp)) + u32(lane * u32(16)))
+                if it >= i32(0):
+                    if ks_copy < own_steps:
+                        copy_weights(w_from, s_from, u32(shared + slot), warp, lane)
                     for j in range(tiles):
-                        for c in range(chunks_of_unit):
-                            ptx.copy_async_16(u32(to + u32((j * chunks_of_unit + c) * 512)), u64(w_from[j] + u64(c * 512)))
-                    if lane < u32(copy_lanes):
-                        to = u32(shared + slot + u32(pairs_at) + u32(warp * u32(pairs_of_warp)) + u32(lane * u32(16)))
-                        ptx.copy_async_16(to, s_from)
+                        w_from[j] = u64(w_from[j] + u64(step_chunks * 512))
+                    s_from = u64(s_from + u64(warps_k * groups_of_unit * 64))
                 if x_k < u32(chunks << u32(6)):
                     source = x_from
                     for p in range(passes):
@@ -278,9 +296,6 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
                                 ptx.store_shared_128(to, u32(0), u32(0), u32(0), u32(0))
                         source = u64(source + x_bytes * u64(rows_of_pass))
                 ks_copy = u32(ks_copy + u32(1))
-                for j in range(tiles):
-                    w_from[j] = u64(w_from[j] + u64(step_chunks * 512))
-                s_from = u64(s_from + u64(warps_k * groups_of_unit * 64))
                 x_from, x_k = u64(x_from + u64(step_k * 2)), u32(x_k + u32(step_k))
             ptx.copy_commit()
 
@@ -314,6 +329,7 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
             here = u32(here + u32(stage)) if here < u32(ring - stage) else u32(0)
             it = i32(it + i32(1))
 
+        ptx.next_may_begin()
         cuda.syncthreads()  # the ring is free: results take its place
         from_ = u32(shared + u32(u32(wk * u32(rows * pitch)) + u32(wn * u32(tiles * 16))) * u32(4))
         put_all(acc, from_, g, t)
@@ -367,7 +383,7 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
     arguments = (HALVES, WORDS, WORDS, FLOATS, FLOATS if wide_out else HALVES, FLOATS, u32, u32, u32, u32, u32)
     # registers for so many threads at a time: 80 each where 768, 128 where 512, all 255 where 256
     resident = 256 if rows > 16 or tiles > 2 else 768 if rows == 1 else 512
-    return Kernel(kernel, arguments, threads, shared_map.total, min_blocks=max(1, resident // threads))
+    return Kernel(kernel, arguments, threads, shared_map.total, min_blocks=max(1, resident // threads), early=True)
 
 
 # -- launcher ---------------------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ VLLM = (
     Theirs("--max-num-queued-reqs", "--max-requests", "sequences that wait or run; one more is answered 503."),
     Theirs("--max-num-queued-tokens", "admission.max_queue_tokens", "as --set admission.max_queue_tokens=N."),
     Theirs("--max-num-active-seqs", "--max-batch-size", "graphs cost little; one number for both."),
-    Theirs("--api-key", "--api-keys", "and it protects every route but /health; NUMBATCH_API_KEYS keeps keys off the command line."),
+    Theirs("--api-key", "--api-keys", "and they protect every route but health; NUMBATCH_API_KEYS keeps keys off the command line."),
     Theirs("--ssl-keyfile --ssl-certfile", "server.ssl_keyfile server.ssl_certfile", "as --set, or --ssl as LMDeploy has it."),
     Theirs("--allowed-origins --allowed-methods --allowed-headers", "--allow-origins --allow-methods --allow-headers",
            "words with spaces between, no JSON."),

@@ -7,10 +7,9 @@ Made ones are kept in the work folder, whole or not at all, and taken again by t
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
-import importlib.util
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,8 @@ from text.tokenizer import load_tokenizer
 
 STAMP = "made-from.json"  # which model a work folder belongs to
 FOUR_BITS, EIGHT_BITS = {"AWQ", "GPTQ", "PACKED"}, {"INT8", "FP8"}  # forms of a folder's linears (`engine/weight_files.py`)
+ROOT = Path(__file__).resolve().parent.parent
+STDERR = 2  # stdout is for the table
 LEAST_REST = 0.1  # of the data that must be left to calibrate on
 DENSE_DIR, W4_DIR, W8A8_DIR = "16-bit", "w4", "w8a8"
 
@@ -96,13 +97,12 @@ def _made(command: str, dense: Source, place: Path, words: list[str]) -> Source:
     if (place / "config.json").is_file():
         say(f"{place} was made before, and is taken (remove it to make it anew)")
         return Source(str(place))
-    module = f"cli.lite_{command}"
-    if importlib.util.find_spec(module) is None:
-        return Source(reason=f"numbatch lite {command} is not in this version")
-    words = [dense.path, "--work-dir", str(place), *words]
-    say(f"numbatch lite {command} {' '.join(words)}")
-    with contextlib.redirect_stdout(sys.stderr):
-        code = int(importlib.import_module(module).main(words))
+    words = ["lite", command, dense.path, "--work-dir", str(place), *words]
+    say(f"numbatch {' '.join(words)}")
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    # a process of its own: its memory and threads are gone when rungs are timed
+    code = subprocess.run([sys.executable, "-m", "cli", *words], stdout=STDERR, env=env, check=False).returncode
     return Source(str(place)) if code == 0 else Source(reason=f"numbatch lite {command} ended with exit code {code}; its reason is above")
 
 

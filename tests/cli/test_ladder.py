@@ -108,34 +108,36 @@ def test_a_4_bit_folder_is_its_own_w4_and_its_dequantized_weights_stand_for_16_b
 def test_what_is_made_is_made_on_text_that_is_not_scored_and_once(
     models: tuple[Path, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls: list[tuple[str, list[str]]] = []
+    calls: list[list[str]] = []
 
-    def maker(name: str) -> Any:
-        def run(words: list[str]) -> int:
-            calls.append((name, words))
-            if name == "cli.lite_smooth_quant":
-                return 4
-            place = Path(words[words.index("--work-dir") + 1])
+    def made(command: list[str], **options: Any) -> Any:
+        words = command[command.index("lite") + 1 :]
+        calls.append(words)
+        place = Path(words[words.index("--work-dir") + 1])
+        if words[0] == "auto_awq":
             place.mkdir()
             (place / "config.json").write_text("{}")
-            return 0
+        return types.SimpleNamespace(returncode=0 if words[0] == "auto_awq" else 4)
 
-        return types.SimpleNamespace(main=run)
-
-    monkeypatch.setattr(ladder_sources.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(ladder_sources.importlib, "import_module", maker)
+    monkeypatch.setattr(ladder_sources.subprocess, "run", made)
     args = arguments(model=str(models[1]))
     found = find_sources(args, tmp_path, Text(data, tokens=200), {"16-bit", "W4", "W8A8"})
     assert found["W4"].path == str(tmp_path / "w4") and "exit code 4" in found["W8A8"].reason
-    name, words = calls[0]
-    assert name == "cli.lite_auto_awq" and words[0] == str(models[1]) and words[-2:] == ["--w-group-size", "128"]
+    words = calls[0]
+    assert words[:2] == ["auto_awq", str(models[1])] and words[-2:] == ["--w-group-size", "128"]
     rest = Path(words[words.index("--calib-dataset") + 1]).read_text()
     text = data.read_text()
     assert text.endswith(rest) and 200 < len(text) - len(rest) <= 3 * 201  # a byte a token
     again = find_sources(args, tmp_path, Text(data, tokens=200), {"W4"})
     assert again["W4"] == found["W4"] and len(calls) == 2 and "was made before" in capsys.readouterr().err
     short = find_sources(args, tmp_path, Text(data, tokens=10_000), {"W8A8"})
-    assert short["W8A8"].reason and str(data) in calls[-1][1] and "calibrated on as well as measured on" in capsys.readouterr().err
+    assert short["W8A8"].reason and str(data) in calls[-1] and "calibrated on as well as measured on" in capsys.readouterr().err
+
+
+def test_the_4_bit_rung_is_made_by_auto_awq(models: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    found = find_sources(arguments(model=str(models[1]), calib_samples=8), tmp_path, Text(data, tokens=200), {"W4"})
+    assert not found["W4"].reason
+    assert ladder_sources._stored_types(Path(found["W4"].path)) >= {"AWQ"}
 
 
 @pytest.mark.parametrize(("hidden", "inner", "group"), [(128, 256, 128), (64, 192, 64), (64, 96, 32)])

@@ -12,10 +12,7 @@ A weight of N output and K input channels with G groups of input channels, P = 3
              weight_scale      [N, G]
              weight_g_idx      int32 [K]
 
-    w[n, k] = scale[n, j] * (q[n, k] - zero[n, j])       j the group of k;  q in 0 .. 2 ** bits - 1
-
-    bits of an int32     28..31 24..27 20..23 16..19 12..15  8..11   4..7   0..3
-    field                     7      6      5      4      3      2      1      0       (bits = 4)
+    w[n, k] = scale[n, j] * (q[n, k] - zero[n, j])       j the group of k;  q in 0 .. 2 ** bits - 1;  field 0 in the lowest bits
 
 With act-order (desc_act) groups are made of input channels that lie apart. Sorted by group (`order`), they are whole groups
 again: the form in which they go to a product, whose activations are then taken in that order. numpy only; knows no files.

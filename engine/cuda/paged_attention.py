@@ -41,6 +41,7 @@ from engine.cuda import ptx
 from engine.cuda.attention_schedule import ROW_INTS, SHARE_INTS
 from engine.cuda.attention_tiles import TILE, check_pool, code_tile_bytes, pitch, quantized, sixteen_bits, tile_bytes
 from engine.cuda.decode_quantized import TileMath, quantized_math
+from engine.cuda.kv_quant import piece_rotator
 from engine.cuda.launch import Kernel, Library, Variant
 from engine.cuda.target import cuda, pointer, types
 from engine.cuda.tuning_attention import DecodeShape, decode_shape
@@ -217,6 +218,7 @@ def paged_decode(
     tiles = TileMath(place_lanes, load_query, add_tile, leave, 2)
     if bits:
         tiles = quantized_math(head_dim, bits, set_heads, dtype, NOTHING, left_pitch, pairs_at)
+    rotate_piece = piece_rotator(head_dim) if bits == 4 else None
     find_places, get_query, add, leave_sums, num_places = tiles
 
     @cuda.jit(device=True, inline="always")
@@ -408,12 +410,15 @@ def paged_decode(
                 target = u64(ptx.address(out) + u64(u32(row)) * u64(2 * out_stride) + u64(u32(first_head * u32(2 * head_dim))))
                 for i in range(pieces):
                     piece = u32(thread + u32(threads * i))
+                    inverse = ptx.reciprocal(total_under[i])
+                    for j in range(4):
+                        total[4 * i + j] = total[4 * i + j] * inverse
+                    if bits == 4:
+                        rotate_piece(total, 4 * i)
                     if u32(piece // u32(head_dim // 4)) < some_heads:
-                        inverse = ptx.reciprocal(total_under[i])
                         ptx.store_64(
                             u64(target + u64(piece) * u64(8)),
-                            pack(total[4 * i] * inverse, total[4 * i + 1] * inverse),
-                            pack(total[4 * i + 2] * inverse, total[4 * i + 3] * inverse),
+                            pack(total[4 * i], total[4 * i + 1]), pack(total[4 * i + 2], total[4 * i + 3]),
                         )  # fmt: skip
             row = i32(row + i32(1))
 

@@ -19,6 +19,9 @@ changes no bit of a sum, so a token's answer is the same however its prompt is c
 
     shared memory    Q [query_rows, pitch], then per stage keys / 16 tiles of `engine/cuda/attention_tiles.py`
 
+Of a quantized pool the stages hold codes; each is dequantized by all warps into one stage of 16 bits, after a second barrier read
+by the same code. So an element costs about four instructions a thread block, however many query rows read it.
+
 Versions tried: none was measured yet.
 """
 
@@ -26,12 +29,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 
+from engine.cache.layout import KVLayout
 from engine.cuda import ptx
-from engine.cuda.attention_tiles import TILE, pitch, sixteen_bits, tile_bytes
+from engine.cuda.attention_tiles import TILE, check_pool, code_place, code_tile_bytes, pitch, quantized, sixteen_bits, tile_bytes
+from engine.cuda.kv_quant import fragment_rotator
 from engine.cuda.launch import Kernel, Library, Variant
 from engine.cuda.target import cuda, pointer, types
 from engine.cuda.tuning_attention import PromptShape, prompt_shape
@@ -46,21 +52,27 @@ LOG2_E = math.log2(math.e)
 
 def prefill(
     kv_heads: int, group: int, head_dim: int, block_seq_len: int, dtype: str, window: int, warps: int, tiles: int, keys: int,
-    stages: int, blocks: int,
+    stages: int, blocks: int, bits: int = 0,
 ) -> Kernel:  # fmt: skip
-    """(q, elements between tokens, pool of a layer, tables, entries of a slot, tiles, out, elements between its tokens)."""
+    """(q, elements between tokens, pool of a layer, tables, entries of a slot, tiles, out, elements between its tokens); bits: of a
+    quantized pool, else 0."""
     if keys % TILE or stages < 2:
         raise ValueError(f"{keys} positions in {stages} stages: a multiple of {TILE} and at least 2 are needed")
     threads, warp_rows = 32 * warps, TILE * tiles
     query_rows = warps * warp_rows
     row_pitch, value_at, slot_bytes = pitch(head_dim), TILE * pitch(head_dim), tile_bytes(head_dim)
     steps, key_tiles = head_dim // 16, keys // TILE
-    stage_bytes = key_tiles * slot_bytes
+    copied_bytes = code_tile_bytes(head_dim, bits) if bits else slot_bytes  # of a tile
+    stage_bytes = key_tiles * copied_bytes
     query_bytes = query_rows * row_pitch
+    wide_at = query_bytes + stages * stage_bytes  # where a stage of codes is dequantized
+    wide_bytes = key_tiles * slot_bytes if bits else 0
     pieces = head_dim // 8  # 16-byte pieces of a row
     query_copies = warp_rows * pieces // 32
     turns = -(-key_tiles // warps)  # key tiles that a warp copies
-    pool_format = sixteen_bits(kv_heads, head_dim, block_seq_len)
+    pool_format = quantized(kv_heads, head_dim, block_seq_len, bits) if bits else sixteen_bits(kv_heads, head_dim, block_seq_len)
+    widen = stage_widener(head_dim, bits, dtype, key_tiles, threads) if bits else None
+    rotate_fragments = fragment_rotator(head_dim, tiles) if bits == 4 else None
     find_tile, copy_tile = pool_format.find, pool_format.copy
     mma, pack, wait = ptx.MMA[dtype], ptx.PACK[dtype], ptx.COPY_WAIT[stages - 2]
     scale = f32(head_dim**-0.5 * LOG2_E)
@@ -139,7 +151,7 @@ def prefill(
                     of = u32(warp + u32(warps * i))
                     if of < u32(key_tiles):
                         position = i32(p_at + i32(of * u32(TILE)))
-                        copy_tile(kv_address, table, found[i], kv_head, position, low, stop, u32(p_slot + of * u32(slot_bytes)), lane)
+                        copy_tile(kv_address, table, found[i], kv_head, position, low, stop, u32(p_slot + of * u32(copied_bytes)), lane)
                         found[i] = find_tile(table, i32(position + i32(keys)), stop)
                 p_at = i32(p_at + i32(keys))
                 p_slot = u32(p_slot + u32(stage_bytes))
@@ -150,6 +162,11 @@ def prefill(
                 ahead = i32(ahead - i32(1))
                 continue
 
+            k_slot = c_slot
+            if bits > 0:
+                k_slot = u32(shared + u32(wide_at))
+                widen(c_slot, k_slot, c_at, low, stop, thread)
+                cuda.syncthreads()
             for i in range(score_count):
                 scores[i] = zero
             for k in range(steps):
@@ -158,7 +175,7 @@ def prefill(
                         u32(query_at + u32(16 * m * row_pitch + 32 * k))
                     )
                 for n in range(key_tiles):
-                    b0, b1, b2, b3 = ptx.load_matrix_4(u32(c_slot + key_at + u32(n * slot_bytes + 32 * k)))
+                    b0, b1, b2, b3 = ptx.load_matrix_4(u32(k_slot + key_at + u32(n * slot_bytes + 32 * k)))
                     for m in range(tiles):
                         s = (m * key_tiles + n) * 8
                         scores[s], scores[s + 1], scores[s + 2], scores[s + 3] = mma(
@@ -216,7 +233,7 @@ def prefill(
                     fragment[4 * m], fragment[4 * m + 1] = pack(scores[s], scores[s + 1]), pack(scores[s + 2], scores[s + 3])
                     fragment[4 * m + 2], fragment[4 * m + 3] = pack(scores[s + 4], scores[s + 5]), pack(scores[s + 6], scores[s + 7])
                 for d in range(steps):
-                    b0, b1, b2, b3 = ptx.load_matrix_4_transposed(u32(c_slot + data_at + u32(n * slot_bytes + 32 * d)))
+                    b0, b1, b2, b3 = ptx.load_matrix_4_transposed(u32(k_slot + data_at + u32(n * slot_bytes + 32 * d)))
                     for m in range(tiles):
                         o = (m * steps + d) * 8
                         sums[o], sums[o + 1], sums[o + 2], sums[o + 3] = mma(
@@ -234,6 +251,8 @@ def prefill(
 
         # the answer, through the warp's own rows of Q so that it leaves in 16-byte pieces
         ptx.some_barrier(u32(warp + u32(1)), u32(32))
+        if bits == 4:
+            rotate_fragments(sums, lane)
         for m in range(tiles):
             for h in range(2):
                 total = under[2 * m + h]
@@ -262,14 +281,76 @@ def prefill(
                 ptx.store_128(to, a0, a1, a2, a3)
 
     arguments = (HALVES, i32, HALVES, INTS, i32, INTS, HALVES, i32)
-    return Kernel(kernel, arguments, threads, query_bytes + stages * stage_bytes, blocks, early=True)
+    return Kernel(kernel, arguments, threads, wide_at + wide_bytes, blocks, early=True)
+
+
+def stage_widener(head_dim: int, bits: int, dtype: str, key_tiles: int, threads: int) -> Any:
+    """widen(codes, wide, position, low, stop, thread): tiles of codes, the first of them at `position`, to tiles of 16 bits an element,
+    by all threads. Positions outside [low, stop) become zeros."""
+    row = head_dim * bits // 8
+    row_pieces, tile_pieces = row // 16, 2 * TILE * row // 16
+    pieces = key_tiles * tile_pieces
+    turns, ragged = -(-pieces // threads), pieces % threads != 0
+    from_tile, to_tile, pairs_at = code_tile_bytes(head_dim, bits), tile_bytes(head_dim), 2 * TILE * row
+    from_values, to_values, row_pitch = TILE * row, TILE * pitch(head_dim), pitch(head_dim)
+    four, half, offset, zero = bits == 4, f32(1 << (bits - 1)), f32(2.0**23), f32(0.0)
+    pack, place, permute = ptx.PACK[dtype], code_place(head_dim, bits), ptx.permute_bytes
+
+    @cuda.jit(device=True, inline="always")
+    def two(codes, first, second, scale, add):  # type: ignore[no-untyped-def]
+        """Bytes `first` and `second` (selectors) of `codes` as two numbers."""
+        a = ptx.float_of_bits(permute(codes, u32(0x4B000000), first)) - offset  # 2^23 + code, exactly
+        b = ptx.float_of_bits(permute(codes, u32(0x4B000000), second)) - offset
+        return pack(ptx.fma(a, scale, add), ptx.fma(b, scale, add))
+
+    @cuda.jit(device=True, inline="always")
+    def four_bytes(codes, scale, add):  # type: ignore[no-untyped-def]
+        return two(codes, u32(0x7440), u32(0x7441), scale, add), two(codes, u32(0x7442), u32(0x7443), scale, add)
+
+    @cuda.jit(device=True, inline="always")
+    def widen(codes, wide, position, low, stop, thread):  # type: ignore[no-untyped-def]
+        for i in range(turns):
+            piece = u32(thread + u32(threads * i))
+            if not ragged or piece < u32(pieces):
+                tile = u32(piece // u32(tile_pieces))
+                piece = u32(piece - tile * u32(tile_pieces))
+                of_v = u32(piece // u32(TILE * row_pieces))
+                piece = u32(piece - of_v * u32(TILE * row_pieces))
+                line = u32(piece // u32(row_pieces))
+                part = u32(piece - line * u32(row_pieces))
+                at = i32(position + i32(tile * u32(TILE) + line))
+                source = u32(codes + tile * u32(from_tile))
+                target = u32(wide + tile * u32(to_tile) + of_v * u32(to_values) + line * u32(row_pitch) + part * u32(256 // bits))
+                w0, w1, w2, w3, scale, add = u32(0), u32(0), u32(0), u32(0), zero, zero
+                if low <= at and at < stop:
+                    w0, w1, w2, w3 = ptx.load_shared_128(u32(source + of_v * u32(from_values) + place(line, u32(part * u32(16)))))
+                    pair = ptx.load_shared_32(u32(source + u32(pairs_at) + of_v * u32(4 * TILE) + line * u32(4)))
+                    scale = ptx.low_bf16(pair)
+                    add = ptx.fma(-half, scale, ptx.high_bf16(pair))
+                if four:
+                    for j in range(4):
+                        even, odd = u32(w0 & u32(0x0F0F0F0F)), u32(u32(w0 >> u32(4)) & u32(0x0F0F0F0F))
+                        a0, a1 = four_bytes(permute(even, odd, u32(0x5140)), scale, add)
+                        a2, a3 = four_bytes(permute(even, odd, u32(0x7362)), scale, add)
+                        ptx.store_shared_128(u32(target + u32(16 * j)), a0, a1, a2, a3)
+                        w0, w1, w2 = w1, w2, w3
+                else:
+                    a0, a1 = four_bytes(w0, scale, add)
+                    a2, a3 = four_bytes(w1, scale, add)
+                    ptx.store_shared_128(target, a0, a1, a2, a3)
+                    a0, a1 = four_bytes(w2, scale, add)
+                    a2, a3 = four_bytes(w3, scale, add)
+                    ptx.store_shared_128(u32(target + u32(16)), a0, a1, a2, a3)
+
+    return widen
 
 
 class PrefillAttention:
     """Attention of rows of several query tokens, causal, whose positions are all in the pool (`engine.reference.attend`).
 
     heads, kv_heads: of this rank. head_dim: a multiple of 16, to 256. window: positions a token sees, 0 for all. `shape` overrides
-    the tuning table. `tiles` makes on the host what a call works through; the caller carries it to the card with the step.
+    the tuning table. bits: 8 or 4 of a quantized pool (head_dim a multiple of 32 or 64), 0: it has the computing dtype. `tiles` makes
+    on the host what a call works through; the caller carries it to the card with the step.
     """
 
     def __init__(
@@ -285,6 +366,7 @@ class PrefillAttention:
         *,
         window: int = 0,
         shape: PromptShape | None = None,
+        bits: int = 0,
     ) -> None:
         if head_dim % 16 or not 16 <= head_dim <= 256:
             raise ValueError(f"head_dim is {head_dim}; a multiple of 16 from 16 to 256 is needed")
@@ -294,7 +376,7 @@ class PrefillAttention:
             raise ValueError(f"block_seq_len {block_seq_len} and window {window}: at least 1 and 0 are needed")
         shape = shape or prompt_shape(cc, head_dim)
         self._library, self._dtype, self._window = library, DTYPES[dtype], window
-        self._position = (2, kv_heads, block_seq_len, head_dim)
+        self._layout = KVLayout(1, kv_heads, head_dim, block_seq_len, dtype, bits)
         self._kv_heads, self._group, self._width = kv_heads, heads // kv_heads, heads * head_dim
         self._multiprocessors = multiprocessors
         # query rows a thread block -> variant; the small one where the large one leaves multiprocessors idle
@@ -302,6 +384,7 @@ class PrefillAttention:
         for tiles in sorted({1, shape.tiles}):
             constants = (
                 kv_heads, self._group, head_dim, block_seq_len, dtype, window, shape.warps, tiles, shape.keys, shape.stages, shape.blocks,
+                bits,
             )  # fmt: skip
             rows = TILE * tiles * shape.warps
             if rows >= self._group or tiles == shape.tiles:
@@ -327,11 +410,10 @@ class PrefillAttention:
     ) -> None:
         """out[t] = attention of the query in the first heads * head_dim elements of q[t], for the tokens of `tiles`.
 
-        q, out [T, >= heads * head_dim], pool one layer [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim], tables int32
+        q, out [T, >= heads * head_dim], pool one layer of `engine/cache/layout.py` with num_blocks + 1 blocks, tables int32
         [slots + 1, blocks_per_slot], tiles int32 [n, 4] from `tiles`, `most`: tokens of the largest of them (known on the host).
         """
-        if pool.shape[1:] != self._position or pool.dtype != self._dtype or not pool.is_contiguous():
-            raise ValueError(f"the pool is {pool.dtype} {tuple(pool.shape)}, not consecutive {self._dtype} [blocks, *{self._position}]")
+        check_pool(pool, self._layout)
         for name, x in (("q", q), ("out", out)):
             if x.dtype != self._dtype or x.stride(1) != 1 or x.shape[1] < self._width or x.stride(0) % 8 or x.data_ptr() % 16:
                 raise ValueError(

@@ -8,12 +8,14 @@ from engine import kv_quant, reference
 from engine.cache.layout import KVLayout
 from engine.cuda.launch import Library
 from engine.cuda.paged_attention import PagedDecode
-from engine.cuda.tuning_attention import DecodeShape
+from engine.cuda.prefill_attention import PrefillAttention
+from engine.cuda.tuning_attention import DecodeShape, PromptShape
 from tests.engine.cuda.test_attention import CC, Card, World
 from tests.ptx.device import KERNELS
 
 # relative, of a row: q and P are rounded to 11 bits, the answer to 8 or 11; the codes are what they are
 TOLERANCE = {"bfloat16": 4e-3, "float16": 1.5e-3}
+PROMPT_TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3}  # P, and what the codes stand for, are rounded to 8 or 11 bits too
 SMALL = DecodeShape(warps=2, stages=3, blocks=1)
 
 
@@ -42,14 +44,15 @@ class Quantized(World):
         q = self.q[tokens, : self.heads * self.head_dim].float().numpy().reshape(-1, self.heads, self.head_dim)
         table = self.tables[self.slots[row]].numpy()[: -(-self.contexts[row] // self.bsl)]
         k, v = reference.gather_kv(self.values[table], np.arange(len(table)), self.contexts[row])
-        return reference.attend(q, k, v, self.positions[tokens], window).reshape(len(q), -1)
+        answer = reference.attend(q, k, v, self.positions[tokens], window)
+        return kv_quant.rotate(answer, self.bits).reshape(len(q), -1)
 
-    def check(self, out, window=0, rows=None):
+    def check(self, out, window=0, rows=None, tolerance=TOLERANCE):
         assert out[self.starts[-1] :].isnan().all()
         for row in range(len(self.contexts)) if rows is None else rows:
             got, wanted = out[self.starts[row] : self.starts[row + 1]].float().numpy(), self.wanted(row, window)
             error = np.linalg.norm(got - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
-            assert (error < TOLERANCE[self.dtype]).all(), f"context {self.contexts[row]}, {self.counts[row]} tokens: {error.max()}"
+            assert (error < tolerance[self.dtype]).all(), f"context {self.contexts[row]}, {self.counts[row]} tokens: {error.max()}"
 
     def decoder(self, library, window=0, multiprocessors=4, shape=None):
         op = PagedDecode(
@@ -83,3 +86,21 @@ def test_decode_of_every_context_in_one_batch(library, bits, window):
 def test_decode_of_awkward_shapes(library, heads, kv_heads, head_dim, bsl, dtype, contexts, bits):
     world = Quantized(heads, kv_heads, head_dim, bsl, dtype, contexts, bits=bits)
     world.check(world.decode(world.decoder(library)))
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, bsl, dtype, window, shape, bits",
+    [
+        (4, 1, 64, 16, "bfloat16", 0, PromptShape(2, 2, 32, 3, 1), 8),
+        (7, 1, 128, 64, "float16", 64, PromptShape(4, 1, 64, 2, 1), 4),
+        (6, 2, 96, 8, "bfloat16", 5, PromptShape(2, 1, 16, 2, 1), 8),
+        (2, 2, 64, 7, "float16", 0, PromptShape(2, 2, 32, 3, 1), 4),
+        (1, 1, 256, 16, "bfloat16", 0, None, 4),
+    ],
+)  # fmt: skip
+def test_prompt_parts_behind_prefixes(library, heads, kv_heads, head_dim, bsl, dtype, window, shape, bits):
+    counts = [1, 3, 16, 31, 33, 70]
+    contexts = [n + [0, 15, 64, 200][i % 4] for i, n in enumerate(counts)]
+    world = Quantized(heads, kv_heads, head_dim, bsl, dtype, contexts, counts, bits=bits)
+    op = PrefillAttention(library, heads, kv_heads, head_dim, bsl, dtype, 1, CC, window=window, shape=shape, bits=bits)
+    world.check(world.prefill(op), window, tolerance=PROMPT_TOLERANCE)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine import reference
+from engine import kv_quant, reference
+from engine.cache.layout import KVLayout
 from engine.cuda.kv_store import RopeStore
 from engine.cuda.launch import Library, Variant, assemble, to_ptx
 from tests.ptx.device import KERNELS, EmulatedDevice
@@ -80,6 +81,10 @@ class World:
         op(self.qkv, self.pool, self.token_slots, self.positions, self.tables, self.cos, self.sin, *norms, EPS, given)
         q_width = self.heads * self.head_dim
         self.close(self.qkv[:, :q_width].float().numpy().reshape(q.shape), q)
+        if shape.get("keep_k"):
+            k_width = q_width + self.kv_heads * self.head_dim
+            self.close(self.qkv[:, q_width:k_width].float().numpy().reshape(k.shape), k)
+            q_width = k_width
         assert torch.equal(self.qkv[:, q_width:].view(torch.int16), before[:, q_width:].view(torch.int16))
         untouched = torch.ones(self.pool.shape[0], self.bsl, dtype=torch.bool)
         for token, (slot, position) in enumerate(zip(self.token_slots.tolist(), self.positions.tolist(), strict=True)):
@@ -109,6 +114,59 @@ def test_rope_store(library, heads, kv_heads, head_dim, rotary, bsl, name):
     World(heads, kv_heads, head_dim, rotary, bsl, DTYPES[name]).check(library, name)
 
 
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, rotary, bsl, name, bits, normed, parted",
+    [
+        (4, 1, 64, 64, 16, "float16", 8, False, False), (7, 1, 128, 128, 64, "bfloat16", 8, True, True),
+        (3, 2, 96, 20, 7, "bfloat16", 8, False, False), (4, 2, 64, 64, 64, "bfloat16", 4, False, True),
+        (7, 1, 128, 64, 16, "float16", 4, True, False), (2, 1, 256, 256, 32, "bfloat16", 4, False, False),
+    ],
+)  # fmt: skip
+def test_a_quantized_pool(library, heads, kv_heads, head_dim, rotary, bsl, name, bits, normed, parted):
+    world = World(heads, kv_heads, head_dim, rotary, bsl, DTYPES[name], seed=7)
+    wanted = [kv_quant.rotate(x, bits) for x in world.wanted(normed, 0)]
+    layout = KVLayout(1, kv_heads, head_dim, bsl, name, bits)
+    world.pool = torch.full((BLOCKS + 1, layout.layer_block_bytes), 255, dtype=torch.uint8)
+    op = RopeStore(library, heads, kv_heads, head_dim, rotary, bsl, name, qk_norm=normed, bits=bits)
+    norms = (world.q_norm, world.k_norm) if normed else (None, None)
+    parts = None
+    if parted:
+        parts = torch.stack([world.qkv.float() * 0.25, world.qkv.float() * 0.75])
+        world.qkv.fill_(float("nan"))
+    op(world.qkv, world.pool, world.token_slots, world.positions, world.tables, world.cos, world.sin, *norms, EPS, parts)
+    world.close(world.qkv[:, : heads * head_dim].float().numpy().reshape(wanted[0].shape), wanted[0])
+    codes, pairs = kv_quant.parts(world.pool.numpy(), layout)
+    got = kv_quant.values(world.pool.numpy(), layout)
+    written = np.zeros((BLOCKS + 1, bsl), bool)
+    for token, (slot, position) in enumerate(zip(world.token_slots.tolist(), world.positions.tolist(), strict=True)):
+        block, offset = int(world.tables[slot, position // bsl]), position % bsl
+        written[block, offset] = True
+        for kind in range(2 if slot < SLOTS else 0):
+            x = np.ascontiguousarray(wanted[1 + kind][token])
+            true = kv_quant.dequantize(*kv_quant.quantize(x, bits), bits)
+            scale = (pairs[block, kind, :, offset] << 16).view(np.float32)[:, None]
+            off = np.abs(got[block, kind, :, offset] - true) / scale
+            assert off.max() < 1.02 and off.mean() < 0.01, (token, kind, off.max(), off.mean())
+    rest = world.pool.numpy()[:, layout.pairs_at + 8 * kv_heads * bsl :]
+    assert (codes.transpose(0, 3, 1, 2, 4)[~written] == 255).all() and (pairs.transpose(0, 3, 1, 2)[~written] == 2**32 - 1).all()
+    assert (rest == 255).all() and np.isfinite(got.transpose(0, 3, 1, 2, 4)[written]).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_number_that_is_not_finite_spoils_its_head_only(library, bits):
+    world = World(2, 2, 64, 64, 16, torch.float16, seed=8)
+    layout = KVLayout(1, 2, 64, 16, "float16", bits)
+    world.pool = torch.zeros((BLOCKS + 1, layout.layer_block_bytes), dtype=torch.uint8)
+    world.qkv[0, 5 * 64 + 3] = float("inf")  # v of KV head 1
+    op = RopeStore(library, 2, 2, 64, 64, 16, "float16", bits=bits)
+    op(world.qkv, world.pool, world.token_slots, world.positions, world.tables, world.cos, world.sin)
+    got = kv_quant.values(world.pool.numpy(), layout)
+    block, offset = int(world.tables[int(world.token_slots[0]), 0]), int(world.positions[0]) % 16
+    assert np.isnan(got[block, 1, 1, offset]).all()
+    got[block, 1, 1, offset] = 0
+    assert np.isfinite(got).all()
+
+
 @pytest.mark.parametrize("head_dim, rotary", [(128, 128), (96, 20), (256, 64)])
 def test_with_norms_of_q_and_k(library, head_dim, rotary):
     World(3, 1, head_dim, rotary, 64, torch.bfloat16, seed=1).check(library, "bfloat16", normed=True)
@@ -117,6 +175,11 @@ def test_with_norms_of_q_and_k(library, head_dim, rotary):
 @pytest.mark.parametrize("trained", [2, 5, 4096])
 def test_with_logn_scaling(library, trained):
     World(2, 1, 64, 64, 64, torch.float16, seed=2).check(library, "float16", trained=trained)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_k_stays_beside_q_where_that_is_asked_for(library, normed):
+    World(4, 2, 64, 32, 64, torch.bfloat16, seed=7).check(library, "bfloat16", normed=normed, keep_k=True)
 
 
 @pytest.mark.parametrize("parts", [1, 3, 4, 7])
@@ -175,7 +238,7 @@ def test_logn_of_the_reference_begins_beyond_the_trained_length():
 
 
 VARIANTS = [
-    (32, 8, 128, 128, 64, "bfloat16", False, 0, 4, False), (8, 8, 256, 256, 64, "float16", True, 2048, 4, True),
+    (32, 8, 128, 128, 64, "bfloat16", False, 0, 4, False, 0, True), (8, 8, 256, 256, 64, "float16", True, 2048, 4, True),
     (8, 1, 96, 20, 16, "bfloat16", True, 100, 4, True),
 ]  # fmt: skip
 

@@ -32,6 +32,7 @@ log = logging.getLogger("numbatch.load")
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.gguf")
+MAX_POINTER_BYTES = 1024
 TEMPLATE_CHARS_PER_TOKEN = 32  # a template's output is bounded by the context, generously
 
 
@@ -89,8 +90,23 @@ def _check_path(path: str) -> None:
         files = sorted(file.name for file in place.glob("*.gguf"))
         hint = f"; did you mean {place / files[0]}?" if files else "; a Hugging Face model's folder has one."
         raise ModelError(f"{path}: this folder has no config.json{hint}")
+    if place.is_dir() and not any(place.glob("*.safetensors")):
+        pickles = sorted(file.name for ending in ("bin", "pth", "pt") for file in place.glob(f"*.{ending}"))
+        if pickles:
+            raise ModelError(
+                f"{path}: {pickles[0]} is a pickle, which numbatch does not open; use the model's safetensors, or a GGUF file."
+            )
+    for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+        if file.suffix in (".safetensors", ".gguf", ".json", ".model") and _is_lfs_pointer(file):
+            raise ModelError(f"{file}: is what Git LFS leaves in the file's place; run git lfs pull in its folder.")
     if place.is_file() and place.suffix == ".safetensors":
         raise ModelError(f"{path}: is one file of a model; name its folder.")
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    if not file.is_file() or file.stat().st_size > MAX_POINTER_BYTES:
+        return False
+    return file.read_bytes().startswith(b"version https://git-lfs.github.com/spec/")
 
 
 def _hub_reason(error: Exception) -> str:
@@ -132,6 +148,8 @@ def planned(config: Config) -> tuple[MemoryPlan, str]:
 
 def _tokenizer(config: Config) -> Tokenizer:
     source = config.model.tokenizer or config.model.path
+    if config.model.tokenizer and not Path(source).exists():
+        raise ConfigError(f"model.tokenizer: {source!r} is no file or folder.")
     return load_tokenizer(Path(source)) if source else ByteTokenizer()
 
 

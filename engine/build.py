@@ -14,6 +14,7 @@ from engine.errors import ConfigError, DeviceError
 from engine.executor import Executor, ProcessExecutor, StepRunner, ThreadExecutor
 from engine.load_backend import resolved
 from engine.loop import Engine
+from engine.models.shard import largest_share
 from engine.models.spec import ModelSpec, RopeSpec, apply_overrides, load_spec
 from engine.parallel import Ranks
 
@@ -60,6 +61,8 @@ def session_len(config: Config, spec: ModelSpec) -> int:
 def build_engine(config: Config, spec: ModelSpec) -> Engine:
     """An engine that is not started yet. Raises ConfigError where the config contradicts itself or the model."""
     config = resolved(config)
+    if config.engine.device != "mock":
+        largest_share(spec, config.engine.tp)  # said here, not by each of the ranks once they have started
     return Engine(config, spec, session_len(config, spec), _executor(config))
 
 

@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 
 from tests.api.harness import post_bytes, receive_all, until
+from tests.fixtures.toy import toy_checkpoint
 
 SERVER = Path(__file__).resolve().parent.parent.parent / "server.py"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 QUICK = {"engine.device": "mock", "cache.num_blocks": 512, "engine.session_len": 4096, "server.log_stats_s": 0}
 
 
@@ -231,6 +233,32 @@ def test_a_broken_model_exits_with_3(tmp_path: Path) -> None:
     assert code == 3 and "broken.gguf" in err and "Traceback" not in err
     code, _, err = run("--set", f"model.path={tmp_path / 'nothing'}", "--set", "server.server_port=0")
     assert code == 3 and "nothing" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({}, "this folder has no config.json; a Hugging Face model's folder has one."),
+        ({"x.gguf": b"GGUF"}, "this folder has no config.json; did you mean "),
+        ({"config.json": b"{}", "pytorch_model.bin": b""}, "pytorch_model.bin is a pickle, which numbatch does not open"),
+        ({"config.json": b"{}", "model.safetensors": POINTER}, "is what Git LFS leaves in the file's place; run git lfs pull"),
+    ],
+)
+def test_a_folder_that_is_plainly_no_model_says_why(files: dict[str, bytes], sentence: str, tmp_path: Path) -> None:
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    code, _, err = run("--set", f"model.path={tmp_path}", "--set", "server.server_port=0")
+    assert code == 3
+    assert sentence in err
+
+
+def test_ranks_that_the_model_has_no_heads_for_are_refused_before_they_start(tmp_path: Path) -> None:
+    path = toy_checkpoint(tmp_path / "x")
+    code, _, err = run(
+        "--set", f"model.path={path}", "--set", "engine.tp=64", "--set", "server.server_port=0", "--set", "engine.device=cpu"
+    )
+    assert code == 2
+    assert "engine.tp = 64 does not fit 4 heads over 2 KV heads; use fewer ranks." in err
 
 
 def test_a_model_that_is_nowhere_exits_with_3() -> None:

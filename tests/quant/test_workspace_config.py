@@ -13,8 +13,10 @@ import pytest
 
 from api.loading import load, model_name, with_local_files
 from config.schema import Config
+from engine.cache.layout import KVLayout
 from engine.errors import ConfigError
 from engine.models.spec import load_spec
+from engine.plan import plan_memory
 from engine.sequence import SamplingParams
 from engine.workspace_config import translate, with_workspace
 from formats.workspace import KNOWN_ONCE, read_workspace
@@ -203,6 +205,25 @@ def test_a_key_of_another_lmdeploy_says_so(workspace: Path) -> None:
             load_spec(workspace)
         text = (workspace / "triton_models/weights/config.ini").read_text()
         (workspace / "triton_models/weights/config.ini").write_text("\n".join(x for x in text.splitlines() if not x.startswith(key)))
+
+
+def test_an_int8_workspace_of_then_is_served_with_int8_kv(workspace: Path) -> None:
+    """quant_policy = 4 in config.ini: the pool is LMDeploy's int8 and not today's int4, from the plan to the answers."""
+    given = configure(model={"path": str(workspace)}, engine={"device": "cpu", "max_batch_size": 2, "session_len": 128})
+    given = dataclasses.replace(given, cache=dataclasses.replace(given.cache, num_blocks=4, cache_block_seq_len=16))
+    plain = with_local_files(given)
+    change(workspace, quant_policy=4)
+    old = with_local_files(given)
+    assert (plain.cache.quant_policy, old.cache.quant_policy) == (0, 8)
+    spec = load_spec(workspace)
+    layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, 16, "bfloat16", 8)
+    assert plan_memory(old, spec, workspace, 1 << 28).block_bytes == layout.block_bytes
+
+    async def run(config: Config) -> list[list[int]]:
+        async with running(config) as engine:
+            return await answers(engine, [[5, 6, 7, 8]], SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True), together=True)
+
+    assert asyncio.run(run(old))[0][0] == asyncio.run(run(plain))[0][0]  # int8 is near: the same first choice
 
 
 @pytest.mark.timeout(300)

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 
-from config.cli import load, parser
+from config.cli import load, parser, verdict
 from config.errors import ConfigError
 from config.load import LoadedConfig, render_effective
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if arguments.check:
-        print("the configuration can be used")
+        print(verdict(loaded.config))
         return 0
     if arguments.print_effective:
         print(render_effective(loaded))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from cli.arguments import Parser, say
 from cli.flags import ACCESS, CACHE, ENGINE, LIMITS, MODEL, SERVER, add_flags, configuration, refused
+from config.cli import verdict
 
 SECTIONS = (MODEL, ENGINE, CACHE, SERVER, ACCESS, LIMITS)
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import server
 
     if args.check:
-        print("the configuration can be used")
+        print(verdict(asked.loaded.config))
         return 0
     if args.print_effective:
         from config.load import render_effective

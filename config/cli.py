@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from config.load import ELSEWHERE, LoadedConfig, all_knobs, load_config
+from config.schema import Config
 from config.version import VERSION
 
 
@@ -59,3 +61,11 @@ def load(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> L
     """The configuration that `parser().parse_args()` asks for; `ConfigError` if there is none."""
     sets = [*args.sets, *(["server.insecure=true"] if args.insecure else [])]
     return load_config(args.config, sets=sets, environ=environ)
+
+
+def verdict(config: Config) -> str:
+    """What --check says of a configuration that can be used. A model may come to its place later (a volume, a download)."""
+    path = config.model.path
+    if path and not Path(path).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        return f"the configuration can be used; nothing is at model.path = {path} yet"
+    return "the configuration can be used"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from config.cli import load, parser
+from config.cli import load, parser, verdict
 from config.errors import ConfigError
 from config.version import VERSION
 
@@ -58,6 +58,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def server(root: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "server.py", *arguments]
     return subprocess.run(command, cwd=root, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(("path", "ending"), [("nowhere/at/all", "; nothing is at model.path = nowhere/at/all yet"), ("owner/name", "")])
+def test_check_says_that_a_model_is_not_there_yet(path: str, ending: str) -> None:
+    loaded = load(parser().parse_args(["--set", f"model.path={path}"]), {})
+    assert verdict(loaded.config) == "the configuration can be used" + ending
 
 
 def test_check_says_yes_with_exit_code_0(root: Path) -> None:

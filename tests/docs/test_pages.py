@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from config.load import load_config
+from config.qos import read_qos
 from tests.api.harness import mock_config, serving
 from tests.docs.pages import ROOT, Place, fences, generated, place
 
@@ -73,3 +74,10 @@ class InFolder(Place):
 
     def run(self, *words: str, code: int = 0) -> str:
         return super().run("bash", "-c", f"cd {shlex.quote(str(self.folder))} && {shlex.join(words)}", code=code)
+
+
+def test_the_qos_file_of_the_api_page_is_read(tmp_path: Path) -> None:
+    (block,) = [text for text in fenced((ROOT / "docs/api.md").read_text(encoding="utf-8"), "json") if "user_groups" in text]
+    (tmp_path / "qos.json").write_text(block)
+    found = read_qos(str(tmp_path / "qos.json"))
+    assert found is not None and [group.name for group in found.groups] == ["Platinum", "Gold", "Silver", "Bronze"]

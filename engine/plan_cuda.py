@@ -33,6 +33,7 @@ THREAD_BLOCKS = 2 * 148  # of decode attention on the largest card so far
 PLANNED_CC = (9, 0)  # where no card is here to ask
 FP8_SINCE, INT8_SINCE, FP8_BLOCKS_ON = (8, 9), (8, 0), (9, 0)  # compute capabilities
 EIGHT_BIT_PIECE = 1024  # rows of an int8 product at a time
+FEW_FP8_ROWS, LARGE_FP8 = 256, 1 << 25  # rows and elements of an FP8 weight whose products are scaled afterwards
 BLOCK = 128  # of FP8, both ways
 BLOCKS_TOGETHER = 4  # K of FP8 blocks is padded to a multiple of so many
 
@@ -105,6 +106,11 @@ def eight_bit_kind(wanted: str, n: int, k: int, cc: tuple[int, int], dtype: str,
     return wanted if wanted == "fp8" or block_scaling and not n % BLOCK else ""
 
 
+def is_large(n: int, k: int) -> bool:
+    """Whether FP8 products of few rows with a weight [n, k] leave the scaling to a kernel of their own."""
+    return n * k >= LARGE_FP8
+
+
 def padded_inputs(kind: str, k: int) -> int:
     """Input channels of an 8-bit weight as it lies on the card."""
     unit = BLOCK * BLOCKS_TOGETHER if kind == "fp8 blocks" else 1
@@ -123,6 +129,7 @@ def eight_bit_workspace(products: tuple[tuple[str, int, int], ...], tokens: int)
     widest = max(padded_inputs(kind, k) for kind, _, k in products)
     groups = max((padded_inputs(kind, k) // BLOCK for kind, _, k in products if kind == "fp8 blocks"), default=1)
     sums = min(tokens, EIGHT_BIT_PIECE) * max((n for kind, n, _ in products if kind == "int8"), default=0)
+    sums = max(sums, min(tokens, FEW_FP8_ROWS) * max((n for kind, n, k in products if kind == "fp8" and is_large(n, k)), default=0))
     few = BLOCKS_TOGETHER * max((n for kind, n, _ in products if kind == "fp8 blocks"), default=0)
     return (tokens + BLOCKS_TOGETHER) * (widest + 4 * groups) + 4 * sums + 2 * few
 

@@ -9,14 +9,16 @@ input channels, K' = K padded with zeros: to 512 for blocks, else K):
     fp8 blocks  e4m3 [N, K']        float32 [N / 128, K' / 128]       e4m3 [T, K']     float32 [K' / 128, T], of 128 channels each
 
 int8 products are int32 sums, brought to the computing dtype (times both scales, plus the bias) by `scale_back`, some rows at
-a time so that the sums stay near. fp8 products are scaled by cuBLAS. cuBLAS wants more than 16 rows of int8 and multiples of 4
+a time so that the sums stay near. fp8 products are scaled by cuBLAS, but those of few rows and a large weight, which it reads
+faster when it has nothing to scale: their float32 sums are scaled like int8's. cuBLAS wants more than 16 rows of int8 and multiples of 4
 of fp8 blocks: what is missing is taken from rows that are not looked at.
 
 work split: `quantize_rows` one thread block a row, whose numbers stay in registers between the maximum and the rounding;
 the maximum of |x| as integers, so that a number that is none stays one. `scale_back` one thread for 8 outputs.
 
 Measured on an H200 (torch 2.11, cuBLAS 13.0), us of 8,192 rows x [28672, 4096]: bf16 2770, int8 2541 (2254 in pieces of
-1,024 rows), fp8 1441, fp8 blocks 1798; of 1 row: 58, 37, 49, -; [4096, 14336] of 1 row: 35, 45, 52, -.
+1,024 rows), fp8 1441, fp8 blocks 1798; of 1 row: 58, 37, 49 (not scaled: 32), -; [4096, 14336] of 1 row: 35, 45, 52 (26), -; of
+256 rows: fp8 43 (30), of 1,024: 88 (87); [6144, 4096] of 1 row: fp8 25 (37).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from engine.cuda import ptx
 from engine.cuda.launch import Kernel, Library, Variant
 from engine.cuda.target import cuda, pointer, types
 from engine.eight_bit import BLOCK, E4M3_LARGEST, INT8_LARGEST, Float8, Int8
-from engine.plan_cuda import EIGHT_BIT_PIECE, eight_bit_kind, padded_inputs
+from engine.plan_cuda import EIGHT_BIT_PIECE, FEW_FP8_ROWS, eight_bit_kind, is_large, padded_inputs
 
 VECTOR = 8  # 16-bit numbers of a 128-bit access
 MOST_ROWS_OF_A_CALL = EIGHT_BIT_PIECE
@@ -139,8 +141,8 @@ def quantize_rows(inputs: int, width: int, kind: str, dtype: str, threads: int) 
     return Kernel(kernel, (WORDS, WORDS, FLOATS, u32), threads)
 
 
-def scale_back(dtype: str, with_bias: bool, threads: int) -> Kernel:
-    """(sums int32 [T, N], row scales, weight scales, bias, out, N, vectors of out): out = sums * both scales (+ bias)."""
+def scale_back(dtype: str, integers: bool, with_bias: bool, threads: int) -> Kernel:
+    """(sums int32 or float32 [T, N], row scales, weight scales, bias, out, N, vectors of out): out = sums * both scales (+ bias)."""
     pack, number = PACK[dtype], ptx.float_of_bits
 
     def kernel(sums, row_scales, scales, bias, out, n, count):  # type: ignore[no-untyped-def]
@@ -155,7 +157,8 @@ def scale_back(dtype: str, with_bias: bool, threads: int) -> Kernel:
                 words = ptx.load_128(ptx.address(sums) + u64(at) * u64(32) + u64(16 * half))
                 w = ptx.load_constant_128(ptx.address(scales) + column + u64(16 * half))
                 for i in range(4):
-                    values[4 * half + i] = f32(i32(words[i])) * (scale * number(w[i]))
+                    value = f32(i32(words[i])) if integers else number(words[i])
+                    values[4 * half + i] = value * (scale * number(w[i]))
                 if with_bias:
                     b = ptx.load_constant_128(ptx.address(bias) + column + u64(16 * half))
                     for i in range(4):
@@ -189,17 +192,22 @@ class EightBitProducts:
     def __init__(self, library: Library, device: Any, dtype: str, max_rows: int) -> None:
         self._library, self._device, self._dtype, self._max_rows = library, device, dtype, max_rows
         self._quantize: dict[tuple[int, int, str], Variant] = {}
-        self._scale_back = {bias: Variant(__name__, "scale_back", (dtype, bias, 256)) for bias in (False, True)}
-        self._widths, self._sums_wide = [0], 0
+        self._scale_back = {
+            (integers, bias): Variant(__name__, "scale_back", (dtype, integers, bias, 256))
+            for integers in (True, False)
+            for bias in (True, False)
+        }
+        self._widths, self._sums_wide = [0], {"int8": 0, "fp8": 0}
         self._q: torch.Tensor  # of the activations
         self._row_scales: torch.Tensor
         self._sums: torch.Tensor
+        self._one: torch.Tensor
         self._few: torch.Tensor  # outputs of rows that make up a multiple
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        has_int8 = any(kind == "int8" for _, _, kind in self._quantize)
-        return (*self._quantize.values(), *(self._scale_back.values() if has_int8 else ()))
+        sums = {True: self._sums_wide["int8"], False: self._sums_wide["fp8"]}
+        return (*self._quantize.values(), *(variant for (integers, _), variant in self._scale_back.items() if sums[integers]))
 
     def load(self, parts: list[Any]) -> EightBit | None:
         """Weights with one input, stacked; None where they are not of one 8-bit kind that this card multiplies."""
@@ -225,7 +233,8 @@ class EightBitProducts:
         scale = torch.from_numpy(_scale(kind, parts, width)).to(q.device)
         self._quantize.setdefault((k, width, kind), self._variant(k, width, kind))
         self._widths.append(n if kind == "fp8 blocks" else 0)
-        self._sums_wide = max(self._sums_wide, n if kind == "int8" else 0)
+        if kind == "int8" or kind == "fp8" and is_large(n, k):
+            self._sums_wide[kind] = max(self._sums_wide[kind], n)
         return EightBit(kind, n, k, width, q.view(TYPES[kind]), scale)
 
     def _variant(self, inputs: int, width: int, kind: str) -> Variant:
@@ -243,7 +252,9 @@ class EightBitProducts:
         self._q = torch.zeros(rows * widest, dtype=torch.uint8, **place)
         self._row_scales = torch.zeros(rows * groups, dtype=torch.float32, **place)
         piece = max(min(self._max_rows, MOST_ROWS_OF_A_CALL), LEAST_INT8_ROWS)
-        self._sums = torch.empty(piece * self._sums_wide, dtype=torch.int32, **place)
+        few = min(self._max_rows, FEW_FP8_ROWS)
+        self._sums = torch.empty(max(piece * self._sums_wide["int8"], few * self._sums_wide["fp8"]), dtype=torch.int32, **place)
+        self._one = torch.ones((), dtype=torch.float32, **place)
         self._few = torch.empty(BLOCK_ROWS * max(self._widths), dtype=getattr(torch, self._dtype), **place)
 
     def __call__(
@@ -256,6 +267,11 @@ class EightBitProducts:
             for first in range(0, len(x), MOST_ROWS_OF_A_CALL):
                 rows = slice(first, first + MOST_ROWS_OF_A_CALL)
                 self._int8(x[rows], weight, out[rows], bias)
+        elif weight.kind == "fp8" and len(x) <= FEW_FP8_ROWS and is_large(weight.n, weight.k):
+            q, scale = self._activations(x, weight, len(x))
+            sums = self._sums[: len(x) * weight.n].view(len(x), weight.n)
+            self._device.scaled_mm(q, weight.q, self._one, self._one, None, sums.view(torch.float32))
+            self._scale(sums, scale, weight, out, bias, integers=False)
         elif weight.kind == "fp8":
             q, scale = self._activations(x, weight, len(x))
             self._device.scaled_mm(q, weight.q, scale.view(-1, 1), weight.scale, bias16, out)
@@ -269,8 +285,14 @@ class EightBitProducts:
         q, scale = self._activations(x, weight, rows)
         sums = self._sums[: rows * weight.n].view(rows, weight.n)
         self._device.int_mm(q, weight.q, sums)
-        vectors = len(x) * weight.n // VECTOR
-        self._library[self._scale_back[bias is not None]](-(-vectors // 256), sums, scale, weight.scale, bias, out, weight.n, vectors)
+        self._scale(sums, scale, weight, out, bias, integers=True)
+
+    def _scale(
+        self, sums: torch.Tensor, scale: torch.Tensor, weight: EightBit, out: torch.Tensor, bias: torch.Tensor | None, *, integers: bool
+    ) -> None:
+        vectors = len(out) * weight.n // VECTOR
+        variant = self._scale_back[integers, bias is not None]
+        self._library[variant](-(-vectors // 256), sums, scale, weight.scale, bias, out, weight.n, vectors)
 
     def _blocks(self, x: torch.Tensor, weight: EightBit, out: torch.Tensor) -> None:
         even = len(x) // BLOCK_ROWS * BLOCK_ROWS

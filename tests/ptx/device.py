@@ -84,7 +84,9 @@ class EmulatedDevice:
     ) -> None:
         (rows, k), n = x.shape, len(w)
         left, right = x.to(torch.float64), w.to(torch.float64)
-        if scale_x.shape == (rows, 1):  # what cuBLAS asks for
+        if not scale_x.dim():
+            left, right = left * scale_x, right * scale_w
+        elif scale_x.shape == (rows, 1):  # what cuBLAS asks for
             assert scale_x.is_contiguous() and scale_w.is_contiguous() and scale_w.shape == (1, n)
             left, right = left * scale_x, right * scale_w.T
         else:

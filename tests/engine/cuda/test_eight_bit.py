@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import eight_bit
+from engine import eight_bit, plan_cuda
 from engine.cuda.eight_bit import EightBitProducts
 from engine.cuda.launch import Library, Variant, assemble, to_ptx
 from engine.eight_bit import BLOCK, Float8, Int8
@@ -96,6 +96,13 @@ def test_products(library, device, kind, parts, k, dtype, bias):
         assert (np.abs(out.double().numpy() - exact) <= bound).all()
 
 
+def test_few_rows_of_a_large_fp8_weight_are_scaled_afterwards(library, device, monkeypatch):
+    monkeypatch.setattr(plan_cuda, "LARGE_FP8", 48 * 64)
+    monkeypatch.setattr("engine.cuda.eight_bit.FEW_FP8_ROWS", 4)
+    test_products(library, device, "fp8", (48,), 64, "bfloat16", True)
+    test_products(library, device, "fp8", (48,), 64, "bfloat16", False)
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8", "fp8 blocks"])
 def test_a_token_that_holds_no_number_gives_none(library, device, kind):
     rng = np.random.default_rng(0)
@@ -134,7 +141,8 @@ def test_what_is_dequantized_instead(library):
         Variant("engine.cuda.eight_bit", "quantize_rows", (14336, 14336, "int8", "bfloat16", 512)),
         Variant("engine.cuda.eight_bit", "quantize_rows", (28672, 28672, "fp8", "bfloat16", 512)),
         Variant("engine.cuda.eight_bit", "quantize_rows", (14336, 14336, "fp8 blocks", "bfloat16", 512)),
-        Variant("engine.cuda.eight_bit", "scale_back", ("bfloat16", True, 256)),
+        Variant("engine.cuda.eight_bit", "scale_back", ("bfloat16", True, True, 256)),
+        Variant("engine.cuda.eight_bit", "scale_back", ("float16", False, False, 256)),
     ],
     ids=lambda v: v.name,
 )

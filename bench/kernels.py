@@ -42,7 +42,8 @@ def measure_cuda(args: argparse.Namespace) -> dict[str, Any]:
     device = CudaDevice(args.card)
     library = Library(device, CACHE.absolute(), processes=usable_cores())
     timer = WallTimer(device) if args.toy else GraphTimer(device, args.repeats)
-    benches = [CudaBench(device, library, timer, shapes, args.dtype, args.out, not args.no_peers) for shapes in (TOYS if args.toy else (Shapes(),))]
+    chosen = TOYS if args.toy else (Shapes(),)
+    benches = [CudaBench(device, library, timer, shapes, args.dtype, args.out, not args.no_peers) for shapes in chosen]
     if unknown := args.only - benches[0].parts().keys():
         raise ValueError(f"--only knows {', '.join(benches[0].parts())}, not {', '.join(sorted(unknown))}.")
     library.load(_all_variants(library, device, args.dtype, [bench.shapes for bench in benches]))  # together: in several processes

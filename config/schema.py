@@ -165,7 +165,7 @@ class Engine:
     max_batch_size: int = knob(0, "Sequences in the persistent batch; 0: 256 on CUDA, 64 elsewhere.", min=0, max=4096)
     max_prefill_token_num: int = knob(
         0,
-        "Token budget of a step: running sequences first, prompt parts fill the rest; 0: 8192 on CUDA, 512 elsewhere.",
+        "Token budget of a step: running sequences first, prompt parts fill the rest; 0: 4096 on CUDA, 512 elsewhere.",
         min=0,
         max=1 << 20,
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 BFLOAT16_SINCE = (8, 0)  # compute capability
 HOST_BATCH_SIZE, HOST_STEP_TOKENS = 64, 512
-CUDA_BATCH_SIZE, CUDA_STEP_TOKENS = 256, 8192
+CUDA_BATCH_SIZE, CUDA_STEP_TOKENS = 256, 4096
 
 
 def num_threads(config: Config) -> int:

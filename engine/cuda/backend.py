@@ -28,7 +28,8 @@ from engine.cuda.linear import DTYPES, TENSOR_CORES, Linear, Linears
 from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention
 from engine.cuda.state import State
-from engine.cuda.step import NO_TILES, Step
+from engine.cuda.step import Step, Tiles
+from engine.cuda.whole_prompts import WholePrompts
 from engine.host import usable_cores
 from engine.models.layers import to_dense
 from engine.models.shard import Share, make_shard
@@ -68,7 +69,7 @@ class CudaBackend:
         self._config, self._spec, self._device = config, spec, device
         self._dtype = DTYPES[dtype]
         self._place = {"device": device.torch_device, "dtype": self._dtype}
-        knobs, cache = config.engine, config.cache
+        knobs, cache, bits = config.engine, config.cache, config.cache.quant_policy
         shard = make_shard(spec, ranks.rank, ranks.size)
         own = Share(
             shard.num_heads, shard.num_kv_heads, shard.intermediate.stop - shard.intermediate.start, shard.vocab.stop - shard.vocab.start
@@ -84,10 +85,13 @@ class CudaBackend:
         self._embed, self._take, self._updates = Embed(library, hidden, dtype), TakeRows(library, hidden), ApplyUpdates(library)
         self._rms_norm, self._add_rms_norm = RmsNorm(library, hidden, dtype), AddRmsNorm(library, hidden, dtype)
         self._silu_mul = SiluMul(library, self._intermediate, dtype)
+        # K and V of a prompt are read as every later token will read them: windowed, or in few bits
+        ours = bits or any(spec.window(i) for i in range(spec.num_layers))
+        self._whole = WholePrompts(device.cc, self._heads, self._kv_heads, spec.head_dim, 0 if ours else rows)
         rope_dim = spec.rope.rotary_dim or spec.head_dim
         self._rope_store = RopeStore(
-            library, self._heads, self._kv_heads, spec.head_dim, rope_dim, cache.cache_block_seq_len, dtype,
-            qk_norm=spec.qk_norm, trained_length=spec.max_position if spec.use_logn_attn else 0,
+            library, self._heads, self._kv_heads, spec.head_dim, rope_dim, cache.cache_block_seq_len, dtype, bits=bits,
+            qk_norm=spec.qk_norm, trained_length=spec.max_position if spec.use_logn_attn else 0, keep_k=bool(self._whole.lengths),
         )  # fmt: skip
         self._portable: dict[int, PortableAttention] = {}  # all three by window
         self._decode: dict[int, PagedDecode] = {}
@@ -95,12 +99,13 @@ class CudaBackend:
         for window in sorted({spec.window(i) for i in range(spec.num_layers)}):
             shape = (library, self._heads, self._kv_heads, spec.head_dim, cache.cache_block_seq_len)
             if device.cc < TENSOR_CORES:
-                self._portable[window] = PortableAttention(*shape, window=window)
+                self._portable[window] = PortableAttention(*shape, window=window, bits=bits)
                 continue
-            decode = PagedDecode(*shape, dtype, knobs.max_batch_size, device.multiprocessors, device.cc, window=window)
+            decode = PagedDecode(*shape, dtype, knobs.max_batch_size, device.multiprocessors, device.cc, window=window, bits=bits)
             decode.bind(torch.empty(decode.scratch_bytes, dtype=torch.uint8, device=device.torch_device))
             self._decode[window] = decode
-            self._prefill[window] = PrefillAttention(*shape, dtype, device.multiprocessors, device.cc, window=window)
+            self._prefill[window] = PrefillAttention(*shape, dtype, device.multiprocessors, device.cc, window=window, bits=bits)
+        self._rows = rows
         self._one_shot = ranks.one_shot = one_shot_sum(library, device.torch_device, ranks, self._dtype)
         kv_width = 2 * self._kv_heads * spec.head_dim
         self._out = {  # which buffer the products of a width go to
@@ -145,9 +150,14 @@ class CudaBackend:
             fixed.append(self._one_shot)
         return [*fixed, *self._portable.values(), *self._decode.values(), *self._prefill.values(), self._linears]
 
+    def warm_up(self) -> None:
+        """What is not a kernel of ours and takes its time at first."""
+        self._whole.warm_up(self._buffers.get("qkv", self._rows))
+
     def make_kv(self, layout: KVLayout, num_blocks: int) -> list[torch.Tensor]:
-        """One view a layer of [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim]; the last block is for padding rows."""
-        return list(torch.empty(layout.shape(num_blocks + 1), **self._place))
+        """One view a layer, with num_blocks + 1 blocks; the last one is for padding rows."""
+        kind = torch.uint8 if layout.quant_policy else self._dtype
+        return list(torch.empty(layout.shape(num_blocks + 1), dtype=kind, device=self._device.torch_device))
 
     def attach(self, state: State) -> None:
         self._state = state
@@ -157,16 +167,19 @@ class CudaBackend:
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
-    def tiles(self, plan: StepPlan, num_decode: int) -> tuple[np.ndarray, int]:
-        """(int32 [P, 4], tokens of the largest): the prompt parts of a plan, rows `num_decode` and on, for the attention kernel."""
+    def tiles(self, plan: StepPlan, num_decode: int) -> Tiles:
+        """How the prompt parts of a plan, its rows `num_decode` and on, are cut for attention."""
         if not self._prefill:
-            return NO_TILES, 0
-        first, parts = num_decode, []
+            return Tiles()
+        first, parts, whole = num_decode, [], []
         for slot, start, count in zip(plan.slots[num_decode:], plan.starts[num_decode:], plan.counts[num_decode:], strict=True):
-            parts.append((slot, first, count, start))
+            if length := 0 if start else self._whole.length(first, count):
+                whole.append((first, count, length))
+            else:
+                parts.append((slot, first, count, start))
             first += count
-        tiles = next(iter(self._prefill.values())).tiles(parts)
-        return tiles, int(tiles[:, TILE_TOKENS].max()) if len(tiles) else 0
+        pieces = next(iter(self._prefill.values())).tiles(parts)
+        return Tiles(pieces, int(pieces[:, TILE_TOKENS].max()) if len(pieces) else 0, tuple(whole))
 
     def most_tiles(self, tokens: int, rows: int) -> int:
         return next(iter(self._prefill.values())).most_tiles(tokens, rows) if self._prefill else 0
@@ -226,6 +239,8 @@ class CudaBackend:
             self._decode[window](q, kv, tables, out)
         if len(step.tiles):
             self._prefill[window](q, kv, tables, step.tiles, step.max_tile, out)
+        if step.whole:
+            return self._whole(self._buffers.get("qkv", self._rows), step.whole, out)
         return out
 
     def silu_mul(self, gate_up: Array) -> Array:

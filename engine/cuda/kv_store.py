@@ -29,11 +29,11 @@ import torch
 
 from engine.cache.layout import KVLayout
 from engine.cuda import ptx
-from engine.cuda.attention_tiles import check_pool
 from engine.cuda.elementwise import DTYPES, PACK
 from engine.cuda.kv_quant import quantizer, rotator
 from engine.cuda.launch import Kernel, Library, Variant
 from engine.cuda.parts import check_parts, part_adder, part_arguments
+from engine.cuda.pool import check_pool
 from engine.cuda.target import cuda, pointer, types
 
 WARPS = 4
@@ -44,10 +44,10 @@ WORDS, INTS, FLOATS = pointer(u32), pointer(i32), pointer(f32)
 
 def rope_store(
     heads: int, kv_heads: int, head_dim: int, rotary: int, block_seq_len: int, dtype: str, normed: bool, trained_length: int, warps: int,
-    parted: bool, bits: int = 0,
+    parted: bool, bits: int = 0, keep_k: bool = False,
 ) -> Kernel:
     """(qkv, cos, sin, token_slots, positions, tables, entries of a slot, pool, q_norm, k_norm, eps), after them, where `parted`,
-    (parts, how many, bytes of one); trained_length 0: no logn."""
+    (parts, how many, bytes of one); trained_length 0: no logn; keep_k: k goes back into qkv, too."""
     pack, low, high = PACK[dtype], ptx.LOW[dtype], ptx.HIGH[dtype]
     total_heads = heads + 2 * kv_heads
     groups = -(-total_heads // warps)  # thread blocks of a token
@@ -197,6 +197,8 @@ def rope_store(
                 store_in_order(own, y, lane)
         if head >= i32(heads):
             of_v = head >= i32(heads + kv_heads)
+            if keep_k and not of_v:
+                store_words(own, x, lane)
             kv_head = head - i32(heads) - (i32(kv_heads) if of_v else i32(0))
             index = i32(u32(position) // u32(block_seq_len))
             block = tables[u64(token_slots[token]) * u64(stride) + u64(index)]
@@ -232,7 +234,7 @@ class RopeStore:
     it is quantized; token t
     is position `positions[t]` of batch slot `token_slots[t]` and goes to block `tables[slot, position // block_seq_len]`. cos, sin
     float32 [max_position, rotary_dim / 2]; q_norm, k_norm float32 [head_dim], None without `qk_norm`. `trained_length`: of logn
-    scaling, 0 for none. k and v inside qkv are left as they were.
+    scaling, 0 for none. k and v inside qkv are left as they were; with `keep_k`, which no parts know, k is the rotated one there.
 
     `parts` float32 [S, T, (heads + 2 kv_heads) * head_dim]: q, k and v are their sum, and of qkv only q is written.
     """
@@ -251,6 +253,7 @@ class RopeStore:
         trained_length: int = 0,
         warps: int = WARPS,
         bits: int = 0,
+        keep_k: bool = False,
     ) -> None:
         if head_dim % 4 or not 16 <= head_dim <= 256:
             raise ValueError(f"head_dim is {head_dim}; a multiple of 4 from 16 to 256 is needed")
@@ -267,7 +270,8 @@ class RopeStore:
         self._layout = KVLayout(1, kv_heads, head_dim, block_seq_len, dtype, bits)
         self._groups = -(-(heads + 2 * kv_heads) // warps)
         constants = (heads, kv_heads, head_dim, rotary_dim, block_seq_len, dtype, qk_norm, trained_length, warps)
-        self.variants = tuple(Variant(__name__, "rope_store", (*constants, parted, bits)) for parted in (False, True))
+        kinds = ((False, bits, keep_k), (True, bits, False))  # parted or not
+        self.variants = tuple(Variant(__name__, "rope_store", (*constants, *kind)) for kind in kinds)
 
     def __call__(
         self,

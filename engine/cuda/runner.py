@@ -24,13 +24,13 @@ from engine.cuda.backend import CudaBackend
 from engine.cuda.graphs import DecodeGraphs
 from engine.cuda.sampling import GpuSampler
 from engine.cuda.state import State
-from engine.cuda.step import NO_TILES, Shape, Step, fill, views
+from engine.cuda.step import Shape, Step, Tiles, fill, views
 from engine.errors import DeviceError
 from engine.load_backend import computing_dtype
 from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec
 from engine.parallel import Ranks
-from engine.plan import kv_blocks
+from engine.plan import kv_blocks, kv_layout
 from engine.plan_cuda import GRAPHS_BYTES, state_bytes
 from engine.sequence import SamplingParams
 from engine.step import MAX_SCORED, Admit, StepPlan, StepResult
@@ -52,7 +52,7 @@ class CudaRunner:
         self._decoder = Decoder(spec, checkpoint, self._backend, ranks, session_len=session_len, exact=False)
         self._backend.finish_loading()
         checkpoint.finish()
-        layout = KVLayout(spec.num_layers, self._decoder.shard.num_kv_heads, spec.head_dim, cache.cache_block_seq_len, dtype)
+        layout = kv_layout(config, spec, self._decoder.shard.num_kv_heads, dtype)
         self._sampler = GpuSampler(self._backend.library, device, knobs.max_batch_size, spec.vocab_size)
         self.num_blocks = ranks.smallest(self._affordable_blocks(layout, session_len))
         self._state = State(device, knobs.max_batch_size, session_len, cache.cache_block_seq_len, trash=self.num_blocks)
@@ -99,17 +99,17 @@ class CudaRunner:
     def _forward(self, plan: StepPlan, updates: np.ndarray, scored: Scored) -> tuple[torch.Tensor | None, Step]:
         rows, decode = len(plan.slots), _num_decode(plan)
         graph = self._graphs.find(rows, len(updates)) if decode == rows else None
-        tiles, max_tile = (NO_TILES, 0) if graph is not None else self._backend.tiles(plan, decode)
+        tiles = Tiles() if graph is not None else self._backend.tiles(plan, decode)
         if graph is not None:
             shape, inputs = graph.shape, graph.inputs
         else:
-            shape = Shape(plan.num_tokens, rows, sum(plan.samples) + len(scored), len(updates), len(tiles))
+            shape = Shape(plan.num_tokens, rows, sum(plan.samples) + len(scored), len(updates), len(tiles.pieces))
             inputs = self._inputs[: shape.size]
         staged = self._staged[self._step % RING]
         self._step += 1
-        fill(staged.numpy(), shape, plan, updates, self._state.dummy, self._state.trash, tiles, scored.tokens)
+        fill(staged.numpy(), shape, plan, updates, self._state.dummy, self._state.trash, tiles.pieces, scored.tokens)
         inputs.copy_(staged[: shape.size], non_blocking=True)
-        step = views(inputs, shape, shape.rows if graph is not None else decode, max_tile)
+        step = views(inputs, shape, shape.rows if graph is not None else decode, tiles)
         if graph is not None:
             graph.replay()
             return graph.logits[:rows], step
@@ -158,6 +158,7 @@ class CudaRunner:
             if others == (self._ranks.rank > 0):
                 self._backend.load_kernels(self._sampler.variants)
             self._ranks.smallest(0)
+        self._backend.warm_up()
         room = min(session_len, self.num_blocks * self._config.cache.cache_block_seq_len)
         tokens = max(1, min(self._config.engine.max_prefill_token_num, room - 1))
         blocks = tuple(range(-(-min(tokens + 1, room) // self._config.cache.cache_block_seq_len)))

@@ -19,6 +19,7 @@ waits for the host to learn what the last one sampled. Knows no model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +65,7 @@ class Step:
     tiles: torch.Tensor
     num_decode: int  # rows 0 .. num_decode - 1 have one token each
     max_tile: int  # no tile has more tokens
+    whole: tuple[tuple[int, int, int], ...] = ()  # prompts that are in no tile (`engine/cuda/whole_prompts.py`)
 
     @property
     def num_tokens(self) -> int:
@@ -74,14 +76,24 @@ class Step:
         return len(self.contexts)
 
 
-def views(buffer: torch.Tensor, shape: Shape, num_decode: int, max_tile: int = 0) -> Step:
+class Tiles(NamedTuple):
+    """How the attention of a step's prompt parts is cut: tiles int32 [P, 4], tokens of the largest, and `Step.whole`."""
+
+    pieces: np.ndarray = NO_TILES
+    most: int = 0
+    whole: tuple[tuple[int, int, int], ...] = ()
+
+
+def views(buffer: torch.Tensor, shape: Shape, num_decode: int, tiles: Tiles = Tiles()) -> Step:  # noqa: B008 (immutable)
     """The arrays of a step of this shape inside an int32 buffer of at least `shape.size` elements."""
     at, arrays = 0, []
     for length in shape.lengths:
         arrays.append(buffer[at : at + length])
         at += _padded(length)
-    *arrays, updates, tiles = arrays
-    return Step(*arrays, updates=updates.view(-1, 3), tiles=tiles.view(-1, 4), num_decode=num_decode, max_tile=max_tile)
+    *arrays, updates, pieces = arrays
+    return Step(
+        *arrays, updates=updates.view(-1, 3), tiles=pieces.view(-1, 4), num_decode=num_decode, max_tile=tiles.most, whole=tiles.whole
+    )
 
 
 def fill(

@@ -65,6 +65,11 @@ PROMPT: dict[tuple[int, int], dict[int, PromptShape]] = {
     (8, 0): {64: PromptShape(4, 2, 64, 2, 2), 128: PromptShape(8, 1, 64, 2, 1), 256: PromptShape(4, 1, 32, 2, 1)},
     (8, 6): {64: PromptShape(4, 1, 64, 2, 1), 128: PromptShape(4, 1, 32, 2, 1), 256: PromptShape(4, 1, 16, 2, 1)},
 }
+# Lengths of prompts that begin in a step for which cuDNN attends (`engine/cuda/whole_prompts.py`), ascending; 2026-11-20, H200: 1.5
+# times our kernel at 1,024, 1.8 times at 4,096
+WHOLE_PROMPTS: dict[tuple[int, int], tuple[int, ...]] = {(9, 0): (2048, 4096, 8192)}
+WHOLE_HEAD_DIMS = (64, 128)
+LEAST_FILLED = 0.8  # of a length: below, our own kernel is the quicker one
 SAME_AS = {(8, 7): (8, 6), (8, 9): (8, 6)}  # the same shared memory a multiprocessor, or near it
 
 
@@ -75,6 +80,10 @@ def decode_shape(cc: tuple[int, int], head_dim: int, bits: int = 0) -> DecodeSha
 
 def prompt_shape(cc: tuple[int, int], head_dim: int) -> PromptShape:
     return _row(PROMPT, cc, head_dim)
+
+
+def whole_prompt_lengths(cc: tuple[int, int], head_dim: int) -> tuple[int, ...]:
+    return WHOLE_PROMPTS.get(cc, ()) if head_dim in WHOLE_HEAD_DIMS else ()
 
 
 def _row(table: dict[tuple[int, int], dict[int, Shape]], cc: tuple[int, int], head_dim: int) -> Shape:

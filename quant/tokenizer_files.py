@@ -12,7 +12,7 @@ from engine.errors import ModelError
 from formats.errors import FormatError
 from formats.gguf import without_tensors
 
-TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt")
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "tokenizer.gguf")
 NOT_TOKENIZER = ("model.safetensors.index.json", "quantize.json")
 MAX_TOKENIZER_FILE = 256 << 20
 OF_GGUF = "tokenizer.gguf"

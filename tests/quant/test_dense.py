@@ -16,6 +16,7 @@ from engine.weights import open_checkpoint
 from formats.safetensors import read_safetensors
 from quant import dense
 from quant.dense import is_dense, write_dense
+from quant.tokenizer_files import tokenizer_files
 from tests.fixtures.awq import awq_checkpoint
 from tests.fixtures.toy import toy_checkpoint, toy_gguf
 
@@ -64,3 +65,9 @@ def test_what_has_no_16_bit_copy_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ModelError, match="cannot say this model's rope"):
         write_dense(source, tmp_path / "copy")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "mine"]
+
+
+def test_a_copy_of_a_copy_still_has_the_gguf_files_tokenizer(tmp_path: Path) -> None:
+    copy = write_dense(toy_gguf(tmp_path / "m.gguf", types="Q4_1", hidden=64), tmp_path / "copy")
+    names = {name for name, _ in tokenizer_files(copy)}
+    assert "tokenizer.gguf" in names and "model.safetensors" not in names

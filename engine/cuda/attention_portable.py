@@ -1,7 +1,7 @@
 """Attention in plain arithmetic for cards without the tensor-core instructions we use (compute capability 7.0, 7.5): `attend`
 over `gather_kv` of `engine/reference.py`, decode rows and prompt parts alike. Also runs in Numba's CUDA simulator.
 
-Layout (float16)
+Layout (float16; the pool of a layer may be a quantized one, bytes as `engine/cache/layout.py` draws them)
 
     q, out [T, heads, head_dim] with a stride between tokens        pool of a layer [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim]
     tables int32 [slots + 1, blocks_per_slot]                       token_slots, positions int32 [T]
@@ -19,18 +19,22 @@ import math
 
 import torch
 
+from engine import kv_quant
+from engine.cache.layout import KVLayout
 from engine.cuda.launch import Kernel, Library, Variant
+from engine.cuda.pool import check_pool
 from engine.cuda.target import cuda, pointer, types
 
 THREADS = 128
 MOST_HEADS = 8  # of a head set: their accumulators are registers
 UNSEEN = -1.0e30
 i32, f32, f16, i64 = types.int32, types.float32, types.float16, types.int64
-INTS, HALVES = pointer(i32), pointer(f16)
+INTS, HALVES, BYTES = pointer(i32), pointer(f16), pointer(types.uint8)
 
 
-def attend(kv_heads: int, group: int, head_dim: int, block_seq_len: int, window: int) -> Kernel:
-    """(q, elements between tokens, pool of a layer, tables, entries of a slot, token_slots, positions, out)."""
+def attend(kv_heads: int, group: int, head_dim: int, block_seq_len: int, window: int, bits: int = 0) -> Kernel:
+    """(q, elements between tokens, pool of a layer, tables, entries of a slot, token_slots, positions, out); bits: of a quantized
+    pool, else 0."""
     sets_of_kv = -(-group // MOST_HEADS)
     held = -(-group // sets_of_kv)
     sets = kv_heads * sets_of_kv
@@ -43,7 +47,43 @@ def attend(kv_heads: int, group: int, head_dim: int, block_seq_len: int, window:
     )
     out_stride = kv_heads * group * head_dim
     scale, unseen, zero, one = f32(head_dim**-0.5), f32(UNSEEN), f32(0.0), f32(1.0)
+    layout = KVLayout(1, kv_heads, head_dim, block_seq_len, "float16", bits)
+    row_bytes, pairs_at, block_bytes = layout.row_bytes, layout.pairs_at, layout.layer_block_bytes
+    half, value_rows, rotated = f32(1 << max(0, bits - 1)), kv_heads * block_seq_len, kv_quant.rotated(head_dim, bits)
+    factor, four, not_a_number = f32(max(1, rotated) ** -0.5), bits == 4, f32(math.nan)
     halves = tuple(threads >> (i + 1) for i in range(threads.bit_length() - 1))
+
+    @cuda.jit(device=True, inline="always")
+    def bfloat(pool, at):  # type: ignore[no-untyped-def]
+        """The bfloat16 in two bytes of the pool."""
+        word = i32(pool[at]) + i32(pool[at + i64(1)]) * i32(256)
+        power = (word >> i32(7)) & i32(255)
+        size = zero
+        if power > i32(0):
+            size = f32(math.ldexp(f32((word & i32(127)) + i32(128)), power - i32(134)))
+        if power == i32(255):
+            size = not_a_number
+        return -size if word >= i32(32768) else size
+
+    @cuda.jit(device=True, inline="always")
+    def find(pool, tables, table, key, kv_head, of_v):  # type: ignore[no-untyped-def]
+        """Where the head's numbers at position `key` begin, and scale and zero of them."""
+        index = key // i32(block_seq_len)
+        block, inside = i64(tables[table + i64(index)]), i64(key - index * i32(block_seq_len))
+        if bits > 0:
+            row = i64(kv_head) * i64(block_seq_len) + inside + i64(of_v) * i64(value_rows)
+            pair = block * i64(block_bytes) + i64(pairs_at) + row * i64(4)
+            scale = bfloat(pool, pair)
+            return block * i64(block_bytes) + row * i64(row_bytes), scale, bfloat(pool, pair + i64(2)) - half * scale
+        place = block * i64(block_size) + i64(of_v) * i64(values_at) + i64(kv_head) * i64(head_size)
+        return place + inside * i64(head_dim), one, zero
+
+    @cuda.jit(device=True, inline="always")
+    def read(pool, place, dim, scale, add):  # type: ignore[no-untyped-def]
+        if bits > 0:
+            code = i32(pool[place + i64(dim // i32(2))]) >> (dim % i32(2) * i32(4)) & i32(15) if four else i32(pool[place + i64(dim)])
+            return add + scale * f32(code)
+        return f32(pool[place + i64(dim)])
 
     def kernel(q, q_stride, pool, tables, table_stride, token_slots, positions, out):  # type: ignore[no-untyped-def]
         query = cuda.shared.array(query_size, f32)
@@ -81,12 +121,10 @@ def attend(kv_heads: int, group: int, head_dim: int, block_seq_len: int, window:
             for h in range(held):
                 mine[h] = zero
             if key <= position:
-                index = key // i32(block_seq_len)
-                place = i64(tables[table + i64(index)]) * i64(block_size) + i64(kv_head) * i64(head_size)
-                place += i64(key - index * i32(block_seq_len)) * i64(head_dim)
+                place, scale_of, add = find(pool, tables, table, key, kv_head, i32(0))
                 dim = i32(0)
                 while dim < i32(head_dim):
-                    number = f32(pool[place + i64(dim)])
+                    number = read(pool, place, dim, scale_of, add)
                     for h in range(held):
                         mine[h] += query[i32(h * head_dim) + dim] * number
                     dim += i32(1)
@@ -114,15 +152,13 @@ def attend(kv_heads: int, group: int, head_dim: int, block_seq_len: int, window:
             other = i32(0)
             while other < count:
                 key = run + other
-                index = key // i32(block_seq_len)
-                place = i64(tables[table + i64(index)]) * i64(block_size) + i64(values_at) + i64(kv_head) * i64(head_size)
-                place += i64(key - index * i32(block_seq_len)) * i64(head_dim)
+                place, scale_of, add = find(pool, tables, table, key, kv_head, i32(1))
                 for h in range(held):
                     under[h] += scores[i32(h * threads) + other]
                 for i in range(owned):
                     dim = thread + i32(threads * i)
                     if dim < i32(head_dim):
-                        number = f32(pool[place + i64(dim)])
+                        number = read(pool, place, dim, scale_of, add)
                         for h in range(held):
                             sums[h * owned + i] += scores[i32(h * threads) + other] * number
                 other += i32(1)
@@ -130,24 +166,48 @@ def attend(kv_heads: int, group: int, head_dim: int, block_seq_len: int, window:
             run += i32(threads)
 
         for h in range(held):
+            inverse = one / under[h]
+            for i in range(owned):
+                sums[h * owned + i] *= inverse
+        if rotated > 0:  # a 4-bit pool's heads are turned back: through shared memory, where q is no longer needed
+            for h in range(held):
+                for i in range(owned):
+                    dim = thread + i32(threads * i)
+                    if dim < i32(head_dim):
+                        query[i32(h * head_dim) + dim] = sums[h * owned + i]
+            cuda.syncthreads()
+            for h in range(held):
+                for i in range(owned):
+                    dim = thread + i32(threads * i)
+                    if dim < i32(head_dim):
+                        own_part = dim % i32(rotated)
+                        total, start = zero, i32(h * head_dim) + dim - own_part
+                        other = i32(0)
+                        while other < i32(rotated):
+                            number = query[start + other]
+                            total += number if cuda.popc(own_part & other) % 2 == 0 else -number
+                            other += i32(1)
+                        sums[h * owned + i] = total * factor
+        for h in range(held):
             if first + i32(h) < i32(group):
-                inverse = one / under[h]
                 for i in range(owned):
                     dim = thread + i32(threads * i)
                     if dim < i32(head_dim):
                         to = i64(token) * i64(out_stride) + i64(kv_head * i32(group) + first + i32(h)) * i64(head_dim)
-                        out[to + i64(dim)] = f16(sums[h * owned + i] * inverse)
+                        out[to + i64(dim)] = f16(sums[h * owned + i])
 
-    return Kernel(kernel, (HALVES, i32, HALVES, INTS, i32, INTS, INTS, HALVES), threads)
+    return Kernel(kernel, (HALVES, i32, BYTES if bits else HALVES, INTS, i32, INTS, INTS, HALVES), threads)
 
 
 class PortableAttention:
     """Attention of every token of a step, decode rows and prompt parts, over the pool (`engine.reference.attend`), float16.
 
-    heads, kv_heads: of this rank. head_dim: up to 256. window: positions a token sees, 0 for all.
+    heads, kv_heads: of this rank. head_dim: up to 256. window: positions a token sees, 0 for all. bits: of a quantized pool, else 0.
     """
 
-    def __init__(self, library: Library, heads: int, kv_heads: int, head_dim: int, block_seq_len: int, *, window: int = 0) -> None:
+    def __init__(
+        self, library: Library, heads: int, kv_heads: int, head_dim: int, block_seq_len: int, *, window: int = 0, bits: int = 0
+    ) -> None:
         if not 1 <= head_dim <= 256:
             raise ValueError(f"head_dim is {head_dim}; 1 to 256 is needed")
         if heads % kv_heads:
@@ -156,9 +216,9 @@ class PortableAttention:
             raise ValueError(f"block_seq_len {block_seq_len} and window {window}: at least 1 and 0 are needed")
         group = heads // kv_heads
         self._library, self._width = library, heads * head_dim
-        self._position = (2, kv_heads, block_seq_len, head_dim)
+        self._layout = KVLayout(1, kv_heads, head_dim, block_seq_len, "float16", bits)
         self._sets = kv_heads * -(-group // MOST_HEADS)
-        self._variant = Variant(__name__, "attend", (kv_heads, group, head_dim, block_seq_len, window))
+        self._variant = Variant(__name__, "attend", (kv_heads, group, head_dim, block_seq_len, window, bits))
         self.variants = (self._variant,)
 
     def __call__(
@@ -172,11 +232,10 @@ class PortableAttention:
     ) -> None:
         """out[t] = attention of the query in the first heads * head_dim elements of q[t], at positions[t] of batch slot token_slots[t].
 
-        q [T, >= heads * head_dim], out [T, heads * head_dim], pool one layer [num_blocks + 1, 2, kv_heads, block_seq_len, head_dim],
-        tables int32 [slots + 1, blocks_per_slot].
+        q [T, >= heads * head_dim], out [T, heads * head_dim], pool one layer of `engine/cache/layout.py` with
+        num_blocks + 1 blocks, tables int32 [slots + 1, blocks_per_slot].
         """
-        if pool.shape[1:] != self._position or pool.dtype != torch.float16 or not pool.is_contiguous():
-            raise ValueError(f"the pool is {pool.dtype} {tuple(pool.shape)}, not consecutive float16 [blocks, *{self._position}]")
+        check_pool(pool, self._layout)
         if q.dtype != torch.float16 or q.shape[1] < self._width or q.stride(1) != 1:
             raise ValueError(f"q is {q.dtype} {tuple(q.shape)}, not float16 rows of at least {self._width}")
         if out.dtype != torch.float16 or out.shape[1] != self._width or not out.is_contiguous() or tables.stride(1) != 1:

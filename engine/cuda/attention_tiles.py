@@ -17,14 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from engine.cache.layout import KVLayout
 from engine.cuda import ptx
 from engine.cuda.target import cuda, types
 
 TILE = 16  # positions
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SPARE = 16  # bytes after each row
 i32, u32, u64 = types.int32, types.uint32, types.uint64
 
@@ -37,14 +34,6 @@ def pitch(head_dim: int) -> int:
 def tile_bytes(head_dim: int) -> int:
     """Bytes of a tile: K and V of 16 positions."""
     return 2 * TILE * pitch(head_dim)
-
-
-def check_pool(pool: torch.Tensor, layout: KVLayout) -> None:
-    """ValueError unless `pool` is one layer's of this layout."""
-    kind = torch.uint8 if layout.quant_policy else DTYPES[layout.dtype]
-    block = layout.shape(1)[2:]
-    if pool.shape[1:] != block or pool.dtype != kind or not pool.is_contiguous() or pool.data_ptr() % 16:
-        raise ValueError(f"the pool is {pool.dtype} {tuple(pool.shape)}, not consecutive {kind} [blocks, *{tuple(block)}] on 16 bytes")
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,10 +39,11 @@ import torch
 from engine.cache.layout import KVLayout
 from engine.cuda import ptx
 from engine.cuda.attention_schedule import ROW_INTS, SHARE_INTS
-from engine.cuda.attention_tiles import TILE, check_pool, code_tile_bytes, pitch, quantized, sixteen_bits, tile_bytes
+from engine.cuda.attention_tiles import TILE, code_tile_bytes, pitch, quantized, sixteen_bits, tile_bytes
 from engine.cuda.decode_quantized import TileMath, quantized_math
 from engine.cuda.kv_quant import piece_rotator
 from engine.cuda.launch import Kernel, Library, Variant
+from engine.cuda.pool import check_pool
 from engine.cuda.target import cuda, pointer, types
 from engine.cuda.tuning_attention import DecodeShape, decode_shape
 

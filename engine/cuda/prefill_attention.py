@@ -36,9 +36,10 @@ import torch
 
 from engine.cache.layout import KVLayout
 from engine.cuda import ptx
-from engine.cuda.attention_tiles import TILE, check_pool, code_place, code_tile_bytes, pitch, quantized, sixteen_bits, tile_bytes
+from engine.cuda.attention_tiles import TILE, code_place, code_tile_bytes, pitch, quantized, sixteen_bits, tile_bytes
 from engine.cuda.kv_quant import fragment_rotator
 from engine.cuda.launch import Kernel, Library, Variant
+from engine.cuda.pool import check_pool
 from engine.cuda.target import cuda, pointer, types
 from engine.cuda.tuning_attention import PromptShape, prompt_shape
 

@@ -25,12 +25,13 @@ SESSION_LEN = 96
 
 
 class Reference:
-    """Logits after some ids, in float32."""
+    """Logits after some ids, in float32; quant_policy: over a KV pool of so many bits."""
 
-    def __init__(self, model: Path, spec: ModelSpec) -> None:
+    def __init__(self, model: Path, spec: ModelSpec, quant_policy: int = 0) -> None:
         backend = ReferenceBackend()
         self._decoder = Decoder(spec, open_checkpoint(model, spec), backend, Ranks(), session_len=SESSION_LEN, exact=True)
-        self._kv = backend.make_kv(KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, SESSION_LEN, "float32"), 1)
+        layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, SESSION_LEN, "float32", quant_policy)
+        self._kv = backend.make_kv(layout, 1)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         slots, n = Slots(1, SESSION_LEN, SESSION_LEN), len(ids)

@@ -6,7 +6,8 @@ import torch
 
 from engine import kv_quant, reference
 from engine.cache.layout import KVLayout
-from engine.cuda.launch import Library
+from engine.cuda.attention_portable import PortableAttention
+from engine.cuda.launch import Library, assemble, to_ptx
 from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention
 from engine.cuda.tuning_attention import DecodeShape, PromptShape
@@ -31,7 +32,8 @@ class Quantized(World):
         super().__init__(heads, kv_heads, head_dim, bsl, dtype, contexts, counts, seed)
         rng = np.random.default_rng(seed + 1)
         self.bits, self.layout = bits, KVLayout(1, kv_heads, head_dim, bsl, dtype, bits)
-        sizes = np.exp(rng.standard_normal((len(self.pool), 1, kv_heads, bsl, 1)) * np.array([0, 3])[None, :, None, None, None])
+        spread = rng.uniform(-5, 5, (len(self.pool), 1, kv_heads, bsl, 1))
+        sizes = np.exp(spread * np.array([0, 1])[None, :, None, None, None])
         means = rng.standard_normal((1, 2, kv_heads, 1, head_dim)) + 0.5
         values = (self.pool.float().numpy() + means) * sizes
         layer = np.full(self.layout.shape(len(values))[1:], 255, np.uint8)
@@ -104,3 +106,14 @@ def test_prompt_parts_behind_prefixes(library, heads, kv_heads, head_dim, bsl, d
     world = Quantized(heads, kv_heads, head_dim, bsl, dtype, contexts, counts, bits=bits)
     op = PrefillAttention(library, heads, kv_heads, head_dim, bsl, dtype, 1, CC, window=window, shape=shape, bits=bits)
     world.check(world.prefill(op), window, tolerance=PROMPT_TOLERANCE)
+
+
+@pytest.mark.parametrize("heads, kv_heads, head_dim, bsl, bits", [(6, 2, 64, 16, 4), (3, 1, 128, 7, 8)])
+def test_the_portable_kernel(library, heads, kv_heads, head_dim, bsl, bits):
+    world = Quantized(heads, kv_heads, head_dim, bsl, "float16", [1, 140], [1, 3], bits=bits)
+    op, out = PortableAttention(library, heads, kv_heads, head_dim, bsl, window=100, bits=bits), world.empty()
+    slots = torch.from_numpy(np.repeat(world.slots, world.counts))
+    op(world.q, world.pool, world.tables, slots, torch.from_numpy(world.positions), out[:-1])
+    world.check(out, 100)
+    resources = assemble(to_ptx(op.variants[0], (7, 5)), (7, 5))[1]
+    assert (resources.stack_bytes, resources.spill_bytes) == (0, 0)

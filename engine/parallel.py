@@ -39,6 +39,7 @@ class Ranks:
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout
         )
         self._dist = dist
+        self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.12
         self.group = dist.group.WORLD
 
     def all_reduce(self, x: Any) -> Any:
@@ -72,7 +73,7 @@ class Ranks:
         each = -(-total // self.size)
         padded = own if own.shape[1] == each else torch.nn.functional.pad(own, (0, each - own.shape[1]))
         parts = padded.new_empty((self.size, *padded.shape))
-        self._dist.all_gather_into_tensor(parts.view(-1, each), padded.contiguous())
+        self._gather(parts.view(-1, each), padded.contiguous())
         whole = parts.transpose(0, 1).reshape(len(own), self.size * each)[:, :total].contiguous()
         return whole.numpy() if isinstance(x, np.ndarray) else whole
 
@@ -83,7 +84,7 @@ class Ranks:
         import torch
 
         own, all_of_them = torch.tensor([digest], dtype=torch.int64), torch.empty(self.size, dtype=torch.int64)
-        self._dist.all_gather_into_tensor(all_of_them, own)
+        self._gather(all_of_them, own)
         if len(set(all_of_them.tolist())) > 1:
             raise DeviceError(f"The ranks disagree about step {step}: digests {[f'{d:08x}' for d in all_of_them.tolist()]}.")
 

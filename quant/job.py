@@ -298,7 +298,7 @@ class Job:
         return fresh
 
     def _finish(self, state: _State, index: bytes | None) -> None:
-        files = dict(tokenizer_files(self.source.path))
+        files = dict(tokenizer_files(self.source.path, hub=True))
         files.pop("config.json", None)
         files[MANIFEST] = json_bytes(self._manifest(state))
         if index is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from formats.errors import FormatError, printable
 from formats.gguf import GGUFFile
@@ -88,6 +88,14 @@ class LibraryTokenizer(Tokenizer):
                 raise
             # the library's way to say that its regular expression gave up; a BaseException would end the thread
             raise Unencodable("the tokenizer's splitting pattern gave up on this text; make it shorter") from e
+
+    def to_json(self) -> str:
+        """A `tokenizer.json` of the same vocabulary; BOS is put first where it asks for one."""
+        library = tokenizers.Tokenizer.from_str(self._library.to_str())
+        if self.add_bos and self.bos_id is not None:
+            bos = self.token_text(self.bos_id)
+            library.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=None, special_tokens=[(bos, self.bos_id)])
+        return library.to_str()
 
     def _refuse_missing(self, text: str) -> None:
         """Byte-level BPE drops bytes that have no token; say so instead of losing them."""
@@ -263,7 +271,7 @@ def _build(
     return library
 
 
-def load_gguf_bpe(file: GGUFFile, vocabulary: GGUFVocabulary) -> Tokenizer:
+def load_gguf_bpe(file: GGUFFile, vocabulary: GGUFVocabulary) -> LibraryTokenizer:
     """Byte-level BPE from GGUF metadata. The file holds no normalizer, so none is applied."""
     name = file.path.name
     pre_name = vocabulary.pre

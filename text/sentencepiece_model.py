@@ -168,6 +168,12 @@ def load_gguf_sentencepiece(file: GGUFFile, vocabulary: GGUFVocabulary) -> Token
         return SentencepieceTokenizer(info, _serialize(vocabulary, prefixed), {})
 
 
+def model_bytes(file: GGUFFile, vocabulary: GGUFVocabulary) -> bytes:
+    """A sentencepiece `.model` of a GGUF file's vocabulary."""
+    with library_errors(file.path.name):
+        return _serialize(vocabulary, vocabulary.add_space_prefix is not False)
+
+
 def _serialize(vocabulary: GGUFVocabulary, prefixed: bool) -> bytes:
     """A ModelProto: pieces (1), trainer_spec (2: BPE, byte fallback), normalizer_spec (3: none, spaces escaped)."""
     byte_fallback = vocabulary.types.count(BYTE) == 256

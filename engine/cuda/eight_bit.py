@@ -36,7 +36,6 @@ from engine.eight_bit import BLOCK, E4M3_LARGEST, INT8_LARGEST, Float8, Int8
 from engine.plan_cuda import EIGHT_BIT_PIECE, FEW_FP8_ROWS, eight_bit_kind, is_large, padded_inputs
 
 VECTOR = 8  # 16-bit numbers of a 128-bit access
-MOST_ROWS_OF_A_CALL = EIGHT_BIT_PIECE
 LEAST_INT8_ROWS = 32  # cuBLAS wants more than 16
 BLOCK_ROWS = 4  # cuBLAS wants multiples
 MAX_INPUTS = 32768
@@ -251,7 +250,7 @@ class EightBitProducts:
         groups = max((width // BLOCK for _, width, kind in self._quantize if kind == "fp8 blocks"), default=1)
         self._q = torch.zeros(rows * widest, dtype=torch.uint8, **place)
         self._row_scales = torch.zeros(rows * groups, dtype=torch.float32, **place)
-        piece = max(min(self._max_rows, MOST_ROWS_OF_A_CALL), LEAST_INT8_ROWS)
+        piece = max(min(self._max_rows, EIGHT_BIT_PIECE), LEAST_INT8_ROWS)
         few = min(self._max_rows, FEW_FP8_ROWS)
         self._sums = torch.empty(max(piece * self._sums_wide["int8"], few * self._sums_wide["fp8"]), dtype=torch.int32, **place)
         self._one = torch.ones((), dtype=torch.float32, **place)
@@ -264,8 +263,10 @@ class EightBitProducts:
         if not len(x):
             return
         if weight.kind == "int8":
-            for first in range(0, len(x), MOST_ROWS_OF_A_CALL):
-                rows = slice(first, first + MOST_ROWS_OF_A_CALL)
+            pieces = -(-len(x) * weight.n // self._sums.numel())
+            size = -(-len(x) // pieces)  # of one: as many rows as there is room for sums, evenly
+            for first in range(0, len(x), size):
+                rows = slice(first, first + size)
                 self._int8(x[rows], weight, out[rows], bias)
         elif weight.kind == "fp8" and len(x) <= FEW_FP8_ROWS and is_large(weight.n, weight.k):
             q, scale = self._activations(x, weight, len(x))

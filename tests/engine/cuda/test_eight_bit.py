@@ -96,6 +96,24 @@ def test_products(library, device, kind, parts, k, dtype, bias):
         assert (np.abs(out.double().numpy() - exact) <= bound).all()
 
 
+def test_int8_products_of_many_rows_are_made_in_pieces(library, device, monkeypatch):
+    monkeypatch.setattr("engine.cuda.eight_bit.EIGHT_BIT_PIECE", 40)
+    rng = np.random.default_rng(2)
+    products = EightBitProducts(library, device, "bfloat16", 100)
+    narrow, wide = products.load([int8(rng, 16, 64)]), products.load([int8(rng, 48, 64)])
+    products.finish()
+    x = activations(rng, 100, 64, torch.bfloat16)
+    for weight in (narrow, wide):
+        device.launches.clear()
+        out = torch.full((100, weight.n), float("nan"), dtype=torch.bfloat16)
+        products(x, weight, out, None, None)
+        alone = torch.empty_like(out)
+        for row in range(0, 100, 9):
+            products(x[row : row + 1], weight, alone[row : row + 1], None, None)
+            assert torch.equal(out[row], alone[row])
+        assert torch.isfinite(out).all()
+
+
 def test_few_rows_of_a_large_fp8_weight_are_scaled_afterwards(library, device, monkeypatch):
     monkeypatch.setattr(plan_cuda, "LARGE_FP8", 48 * 64)
     monkeypatch.setattr("engine.cuda.eight_bit.FEW_FP8_ROWS", 4)

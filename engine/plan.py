@@ -247,9 +247,7 @@ def _on_cards(config: Config, spec: ModelSpec, path: Path | str, share: Share, e
     return dataclasses.replace(
         empty,
         weights=weights.parts | {"16-bit copy": weights.copy_bytes if copy else 0},
-        workspace=plan_cuda.workspace(
-            config, spec, share, empty.session_len, 0 if copy else weights.scratch_bytes, (weights.eight_bit, weights.ordered)
-        ),
+        workspace=plan_cuda.workspace(config, spec, share, empty.session_len, 0 if copy else weights.scratch_bytes, weights),
         spare_blocks=1,
         dense_copy=copy,
     )

@@ -46,6 +46,7 @@ class CardWeights:
     copy_bytes: int  # of a 16-bit copy of all 4-bit matrices
     scratch_bytes: int  # of the largest of them, dequantized
     eight_bit: tuple[tuple[str, int, int], ...] = ()  # (kind, N, K) of the 8-bit products
+    gated: int = 0  # intermediate channels of a token that are kept in 8 bits between gate, up and down
     ordered: int = 0  # most input channels of a 4-bit product whose activations come in another order
 
 
@@ -73,7 +74,9 @@ def card_weights(
     parts["norms and biases"] = sum(4 * stored.shape[0] for stored in stock.values() if len(stored.shape) == 1)
     copies = [copy for _, _, copy in sizes]
     ordered = max((s.shape[1] for s in stock.values() if s.part("g_idx") or s.part("weight_g_idx")), default=0)
-    return CardWeights(parts, sum(copies), max(copies), tuple(sorted(eight_bit)), ordered)
+    fused = tp == 1 and not spec.mlp_bias and any(kind != "fp8 blocks" and n == 2 * share.intermediate for kind, n, _ in eight_bit)
+    gated = share.intermediate if fused and any(k == share.intermediate for _, _, k in eight_bit) else 0
+    return CardWeights(parts, sum(copies), max(copies), tuple(sorted(eight_bit)), gated, ordered)
 
 
 def _eight_bits(
@@ -122,8 +125,9 @@ def _eight_bit_bytes(kind: str, n: int, k: int) -> int:
     return n * width + 4 * (n // BLOCK * (width // BLOCK) if kind == "fp8 blocks" else n)
 
 
-def eight_bit_workspace(products: tuple[tuple[str, int, int], ...], tokens: int) -> int:
-    """Quantized activations with their scales, the sums of int8 products, a few rows of fp8 blocks' outputs."""
+def eight_bit_workspace(products: tuple[tuple[str, int, int], ...], tokens: int, gated: int = 0) -> int:
+    """Quantized activations with their scales (`gated` channels of those between gate, up and down beside the others), the sums
+    of int8 products, a few rows of fp8 blocks' outputs."""
     if not products:
         return 0
     widest = max(padded_inputs(kind, k) for kind, _, k in products)
@@ -131,7 +135,8 @@ def eight_bit_workspace(products: tuple[tuple[str, int, int], ...], tokens: int)
     sums = min(tokens, EIGHT_BIT_PIECE) * max((n for kind, n, _ in products if kind == "int8"), default=0)
     sums = max(sums, min(tokens, FEW_FP8_ROWS) * max((n for kind, n, k in products if kind == "fp8" and is_large(n, k)), default=0))
     few = BLOCKS_TOGETHER * max((n for kind, n, _ in products if kind == "fp8 blocks"), default=0)
-    return (tokens + BLOCKS_TOGETHER) * (widest + 4 * groups) + 4 * sums + 2 * few
+    between = gated + 4 if gated else 0
+    return (tokens + BLOCKS_TOGETHER) * (widest + 4 * groups + between) + 4 * sums + 2 * few
 
 
 def rank_shapes(spec: ModelSpec, share: Share) -> dict[str, tuple[int, int]]:
@@ -218,9 +223,9 @@ def workspace(
     share: Share,
     length: int,
     scratch_bytes: int,
-    quantized: tuple[tuple[tuple[str, int, int], ...], int] = ((), 0),
+    quantized: CardWeights | None = None,
 ) -> dict[str, int]:
-    """Named lines. `config` with its auto settings filled in; `quantized`: `CardWeights.eight_bit` and `.ordered`."""
+    """Named lines. `config` with its auto settings filled in."""
     knobs = config.engine
     slots, tokens = knobs.max_batch_size, max(knobs.max_prefill_token_num, knobs.max_batch_size)
     rotary = spec.rope.rotary_dim or spec.head_dim
@@ -228,8 +233,8 @@ def workspace(
         "activations": 2 * tokens * sum(activation_widths(spec, share).values()) + 2 * (slots + MAX_SCORED) * spec.hidden_size,
         "logits": 4 * (slots + MAX_SCORED) * spec.vocab_size * (2 if knobs.tp > 1 else 1),
         "dequantized matrix": scratch_bytes,
-        "8-bit products": eight_bit_workspace(quantized[0], tokens),
-        "activations in another order": 2 * tokens * quantized[1],
+        "8-bit products": eight_bit_workspace(quantized.eight_bit, tokens, quantized.gated) if quantized else 0,
+        "activations in another order": 2 * tokens * quantized.ordered if quantized else 0,
         "split products": split_bytes(spec, share),
         "split attention": attention_bytes(spec, share),
         "sampling": sampling_bytes(slots, spec.vocab_size),

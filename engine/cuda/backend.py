@@ -21,6 +21,7 @@ from engine.backend import Dense, Weight
 from engine.cache.layout import KVLayout
 from engine.cuda.all_reduce import one_shot_sum
 from engine.cuda.attention_portable import PortableAttention
+from engine.cuda.eight_bit import Gated
 from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
 from engine.cuda.kv_store import RopeStore
 from engine.cuda.launch import Library, Variant
@@ -163,7 +164,9 @@ class CudaBackend:
         self._state = state
 
     def bind(self, decoder: Any) -> None:
-        """Nothing is fused over layers: decode steps are captured as graphs by the runner."""
+        """8-bit products of gate and up that go straight into down's bytes. Decode steps are captured as graphs by the runner."""
+        for layer in decoder.layers:
+            self._linears.fuse(layer.gate_up.weight, layer.down.weight)
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
@@ -244,6 +247,8 @@ class CudaBackend:
         return out
 
     def silu_mul(self, gate_up: Array) -> Array:
+        if isinstance(gate_up, Gated):
+            return gate_up
         out = self._buffers.get("gated", gate_up.shape[-2])
         self._silu_mul(gate_up, out)
         return out

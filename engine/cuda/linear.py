@@ -22,12 +22,12 @@ import torch
 from config.schema import Config
 from engine.awq import AWQ
 from engine.backend import Dense, Weight
-from engine.cuda.eight_bit import EightBit, EightBitProducts
+from engine.cuda.eight_bit import EightBit, EightBitProducts, Gated
 from engine.cuda.launch import Library, Variant
+from engine.cuda.parts import SumParts
 from engine.cuda.take_columns import TakeColumns
 from engine.cuda.tuning import dense_from
 from engine.cuda.w4_layout import W4Device
-from engine.cuda.parts import SumParts
 from engine.cuda.w4_matmul import W4Matmul
 from engine.cuda.w4_portable import W4Portable
 from engine.cuda.w4_repack import W4Repack
@@ -52,6 +52,7 @@ class Linear:
     packed: W4Device | None = None
     order: torch.Tensor | None = None  # int32 [K]: which activation each input channel of `packed` takes
     eight: EightBit | None = None
+    gates: bool = False  # what it gives goes to `down` as `Gated`
 
 
 class Linears:
@@ -182,9 +183,11 @@ class Linears:
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
-    def __call__(self, x: torch.Tensor, linear: Linear, out: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor | Gated, linear: Linear, out: torch.Tensor, *, whole: bool = False) -> torch.Tensor | Gated:
         """out [rows, N] = x [rows, K] W^T + b, all in the computing dtype. Returns out, or, unless `whole` is asked for, the parts
         whose sum it would be (`engine/cuda/parts.py`), which stay until the next product."""
+        if linear.eight is not None and linear.gates:
+            return self._eight.gate(x, linear.eight, out)
         if linear.eight is not None:
             self._eight(x, linear.eight, out, linear.bias, linear.bias16)
             return out
@@ -214,6 +217,10 @@ class Linears:
                 torch.sum(parts, 0, out=out)
         else:
             self._device.matmul_f32(x, self._dense(linear), out)
+
+    def fuse(self, gate_up: Linear, down: Linear) -> None:
+        """Once, at load: gate_up's outputs go through SiLU into down's bytes where both are of a kind that does so."""
+        gate_up.gates = gate_up.bias is None and self._eight.can_gate(gate_up.eight, down.eight)
 
     def _in_order(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         if linear.order is None:

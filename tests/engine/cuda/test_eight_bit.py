@@ -7,6 +7,7 @@ import torch
 from engine import eight_bit, plan_cuda
 from engine.cuda.eight_bit import EightBitProducts
 from engine.cuda.launch import Library, Variant, assemble, to_ptx
+from engine.cuda.quantize_rows import rows_variant, silu_variant
 from engine.eight_bit import BLOCK, Float8, Int8
 from engine.models.layers import to_dense
 from tests.ptx.device import KERNELS, EmulatedDevice
@@ -96,6 +97,33 @@ def test_products(library, device, kind, parts, k, dtype, bias):
         assert (np.abs(out.double().numpy() - exact) <= bound).all()
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_gate_and_up_go_into_the_bytes_of_down(library, device, kind, monkeypatch):
+    monkeypatch.setattr("engine.cuda.eight_bit.EIGHT_BIT_PIECE", 34)
+    rng = np.random.default_rng(3)
+    make = int8 if kind == "int8" else float8
+    products = EightBitProducts(library, device, "bfloat16", 70)
+    halves, last = [make(rng, 272, 64), make(rng, 272, 64)], make(rng, 64, 272)
+    gate_up, down = products.load(halves), products.load([last])
+    assert products.can_gate(gate_up, down) and not products.can_gate(down, gate_up) and not products.can_gate(gate_up, None)
+    products.finish()
+    gate, up = (eight_bit.dequantize(half).astype(np.float64) for half in halves)
+    for rows in (70, 1, 5):
+        x = activations(rng, rows, 64, torch.bfloat16) * 0.01
+        spare, out = (torch.full((rows, n), float("nan"), dtype=torch.bfloat16) for n in (544, 64))
+        gated = products.gate(x, gate_up, spare)
+        assert len(gated) == rows
+        products(gated, down, out, None, None)
+        inputs = quantized(x, kind)
+        g, u = inputs @ gate.T, inputs @ up.T
+        if kind == "fp8":  # rounded on the way
+            g, u = (torch.from_numpy(v).bfloat16().double().numpy() for v in (g, u))
+        between = g / (1 + np.exp(-g)) * u
+        wanted = quantized(torch.from_numpy(between.astype(np.float32)), kind) @ eight_bit.dequantize(last).astype(np.float64).T
+        # where a number lies between two steps, rounding may go either way
+        np.testing.assert_allclose(out.double().numpy(), wanted, rtol=2.1 * 2**-8, atol=0.02 * np.abs(wanted).max())
+
+
 def test_int8_products_of_many_rows_are_made_in_pieces(library, device, monkeypatch):
     monkeypatch.setattr("engine.cuda.eight_bit.EIGHT_BIT_PIECE", 40)
     rng = np.random.default_rng(2)
@@ -156,9 +184,11 @@ def test_what_is_dequantized_instead(library):
 @pytest.mark.parametrize(
     "variant",
     [
-        Variant("engine.cuda.eight_bit", "quantize_rows", (14336, 14336, "int8", "bfloat16", 512)),
-        Variant("engine.cuda.eight_bit", "quantize_rows", (28672, 28672, "fp8", "bfloat16", 512)),
-        Variant("engine.cuda.eight_bit", "quantize_rows", (14336, 14336, "fp8 blocks", "bfloat16", 512)),
+        rows_variant(14336, 14336, "int8", "bfloat16"),
+        rows_variant(28672, 28672, "fp8", "bfloat16"),
+        rows_variant(14336, 14336, "fp8 blocks", "bfloat16"),
+        silu_variant(28672, "int8", "bfloat16"),
+        silu_variant(14336, "fp8", "bfloat16"),
         Variant("engine.cuda.eight_bit", "scale_back", ("bfloat16", True, True, 256)),
         Variant("engine.cuda.eight_bit", "scale_back", ("float16", False, False, 256)),
     ],

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,18 @@ from quant.auto_awq import fold, shared_owner
 from quant.awq_search import find_scales
 from quant.forward import SITES, Float32Model
 from quant.passes import Observer, Wanted
+from quant.threads import one_thread_an_operation
 from tests.e2e.conftest import byte_tokenizer
 from tests.fixtures.toy import save_tensors, toy_checkpoint, toy_gguf
 from tests.harness import answers, configure, running
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Toy operations split over cores wait for each other longer than they take."""
+    with one_thread_an_operation(torch.device("cpu")):
+        yield
+
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs", "run", "far", "away", "while", "it", "rained"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,16 @@ from engine.weights import open_checkpoint
 from quant.forward import SITES, Float32Model
 from quant.gptq import compensated
 from quant.groups import output_error, round_groups
-from quant.threads import SERIAL
+from quant.threads import SERIAL, one_thread_an_operation
 from tests.e2e.conftest import byte_tokenizer
 from tests.fixtures.toy import toy_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Toy operations split over cores wait for each other longer than they take."""
+    with one_thread_an_operation(torch.device("cpu")):
+        yield
 
 
 @pytest.fixture(scope="module")

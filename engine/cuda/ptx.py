@@ -303,18 +303,6 @@ mbarrier_over = _asm(
     "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; selp.u32 $0, 1, 0, p; }", [u32], [u32, u32], memory=True
 )
 fence_async_proxy = _asm("fence.proxy.async.shared::cta;", [], [], memory=True)  # what this thread stored is seen by wgmma
-# of 4 bytes the first `a2` are read, the rest of the destination becomes 0
-copy_async_4_or_zero = _asm("cp.async.ca.shared.global [$0], [$1], 4, $2;", [], [u32, u64, u32], memory=True)
-
-
-def registers_up(count: int) -> Any:
-    """setmaxnreg: a warpgroup takes registers that others of its thread block have given away, a multiple of 8."""
-    return _asm(f"setmaxnreg.inc.sync.aligned.u32 {count};", [], [], memory=True)
-
-
-def registers_down(count: int) -> Any:
-    """setmaxnreg: a warpgroup keeps only so many registers."""
-    return _asm(f"setmaxnreg.dec.sync.aligned.u32 {count};", [], [], memory=True)
 
 
 def on_arrays(text: str, changed: tuple[Any, int], given: tuple[tuple[Any, int], ...], scalars: tuple[Any, ...] = ()) -> Any:

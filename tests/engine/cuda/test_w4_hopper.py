@@ -1,0 +1,152 @@
+"""4-bit products with wgmma against float64, in the emulator; outputs, guard bands and scratch start as NaN."""
+
+import pytest
+import torch
+
+from engine import w4
+from engine.cuda.launch import Library, Variant, assemble, to_ptx
+from engine.cuda.w4_hopper import HopperLaunch, W4Hopper, hopper_grid
+from engine.cuda.w4_layout import W4Device
+from tests.engine.cuda.test_w4 import DTYPES, NAN, error, packed, random_w4, tensor
+from tests.ptx.device import KERNELS, EmulatedDevice
+from tests.ptx.emulator import Emulator, Memory
+
+CC = (9, 0)
+# rows, warpgroups, tiles, x_stages, w_stages, ahead, parts, together
+SMALL = {
+    "plain": HopperLaunch(32, 2, 1, 3, 4, 2, 1, 4),
+    "uneven": HopperLaunch(24, 1, 1, 2, 3, 1, 1, 8),
+    "two tiles": HopperLaunch(64, 1, 2, 3, 2, 3),
+    "two passes": HopperLaunch(128, 1, 1, 2, 2, 1, 2, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def library():
+    return Library(EmulatedDevice(CC), KERNELS)
+
+
+class Product:
+    """One product with room around its results."""
+
+    def __init__(self, library, weight, m, launch, *, dtype="bfloat16", out_dtype="float32", multiprocessors=4, bias=True):
+        torch.manual_seed(0)
+        n, k, group = weight.out_features, weight.in_features, weight.group_size
+        self.op = W4Hopper(library, n, k, group, dtype, launch, multiprocessors=multiprocessors, max_m=m, out_dtype=out_dtype)
+        self.weight = packed(library, weight, "zero", dtype)
+        self.x = torch.randn(m, k).to(DTYPES[dtype])
+        self.out = torch.full((m + 2, n), NAN, dtype=DTYPES[out_dtype])
+        self.bias = torch.randn(n) if bias else None
+        self.scratch = torch.full((self.op.scratch_floats + 8,), NAN)
+        self.exact = self.x.double() @ tensor(w4.dequantize(weight)).double().T + (0 if self.bias is None else self.bias.double())
+        self.splits = 1
+        self.got = self.run()
+
+    def run(self):
+        """The product, or the sum of its parts, in their order."""
+        m = len(self.x)
+        parts = self.op(self.x, self.weight, self.out[:m], self.scratch, self.bias)
+        assert self.out[m:].isnan().all()
+        assert self.scratch[self.op.scratch_floats :].isnan().all()
+        if parts.data_ptr() == self.out.data_ptr():
+            return self.out[:m].clone()
+        self.splits = len(parts)
+        assert self.splits > 1 and self.out.isnan().all()
+        total = torch.zeros_like(parts[0])
+        for part in parts:
+            total += part
+        return total.to(self.out.dtype)
+
+    @property
+    def error(self):
+        return error(self.got, self.exact)
+
+
+@pytest.mark.parametrize(("m", "launch"), [(1, "plain"), (31, "plain"), (33, "plain"), (24, "uneven"), (129, "two passes")])
+def test_every_number_of_rows(library, m, launch):
+    assert Product(library, random_w4(150, 640, 128), m, SMALL[launch]).error < 3e-7
+
+
+@pytest.mark.parametrize(("n", "k", "group", "launch", "dtype"), [
+    (40, 352, 32, "two tiles", "bfloat16"),  # K ends within a chunk
+    (17, 192, 64, "two passes", "bfloat16"), (70, 384, 128, "two tiles", "float16"),
+])  # fmt: skip
+def test_every_group_size_and_dtype(library, n, k, group, launch, dtype):
+    assert Product(library, random_w4(n, k, group), 19, SMALL[launch], dtype=dtype, bias=False).error < 3e-7
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 9])
+def test_split_input_channels_give_parts(library, multiprocessors):
+    """The same bits whether scratch is fresh or used."""
+    product = Product(library, random_w4(150, 1152, 128), 5, SMALL["plain"], multiprocessors=multiprocessors)
+    assert (product.splits > 1) == (multiprocessors > 1) == (product.op.scratch_floats > 0)
+    assert product.error < 3e-7
+    assert torch.equal(product.run(), product.got)
+
+
+def test_results_are_rounded_once(library):
+    weight = random_w4(130, 256, 128)
+    narrow, wide = (Product(library, weight, 9, SMALL["plain"], out_dtype=each) for each in ("bfloat16", "float32"))
+    assert torch.equal(wide.got.to(torch.bfloat16), narrow.got)
+
+
+def test_rows_that_are_not_there_do_not_matter(library):
+    """x ends with its last row: what lies behind it, here NaN, is not read into any result."""
+    weight = random_w4(64, 256, 128)
+    op = W4Hopper(library, 64, 256, 128, "bfloat16", SMALL["plain"], multiprocessors=1, max_m=7)
+    x = torch.full((32, 256), NAN, dtype=torch.bfloat16)
+    x[:7] = torch.randn(7, 256)
+    out = torch.full((7, 64), NAN, dtype=torch.bfloat16)
+    op(x[:7], packed(library, weight), out, torch.empty(1))
+    assert error(out, x[:7].double() @ tensor(w4.dequantize(weight)).double().T) < 3e-3
+
+
+@pytest.mark.parametrize("launch", ["plain", "two passes"])
+def test_no_bank_conflicts_and_whole_sectors(library, launch):
+    """Each shared access takes the fewest cycles, and of each 32 bytes that a copy or a load touches it needs all."""
+    made, n, k = SMALL[launch], 128, 512
+    variant = Variant("engine.cuda.w4_hopper", "w4_hopper", (128, "bfloat16", "float32", *made.constants))
+    weight = W4Device.zeros(n, k, 128, "zero", "bfloat16", "cpu")
+    x, out = torch.randn(made.rows, k).to(torch.bfloat16), torch.full((made.rows, n), NAN)
+    grid, memory = hopper_grid(made, made.rows, n, k, 128, 1), Memory()
+    operands = (x, weight.packed, weight.pairs, None, out, torch.empty(1))
+    for operand in operands:
+        if operand is not None:
+            memory.add(operand)
+    library.load([variant])
+    stats = Emulator(library._path(variant).read_text()).launch(
+        variant.name, grid=grid.grid, block=(made.threads, 1, 1), args=[*(0 if o is None else o.data_ptr() for o in operands), made.rows, n, k, k, n],
+        memory=memory, shared_bytes=made.shared_bytes(128),
+    )  # fmt: skip
+    conflicts = dict(stats["bank_conflicts"].values())
+    assert any(text.startswith("st.shared.u32") for text in conflicts)
+    assert max(conflicts.values()) == 1.0, conflicts
+    read = [ratio for text, ratio in stats["sectors"].values() if text.startswith(("cp.async", "ld.global.v4"))]
+    assert read and max(read) == 1.0
+    assert not out.isnan().any()
+
+
+def test_operands_that_do_not_fit_are_refused(library):
+    weight = packed(library, random_w4(64, 128, 128))
+    op = W4Hopper(library, 64, 128, 128, "bfloat16", SMALL["plain"], multiprocessors=1, max_m=3)
+    x, out, scratch = torch.zeros(3, 128, dtype=torch.bfloat16), torch.zeros(3, 64, dtype=torch.bfloat16), torch.empty(1)
+    with pytest.raises(ValueError, match="1 to 3 rows, 4 were given"):
+        op(torch.zeros(4, 128, dtype=torch.bfloat16), weight, out, scratch)
+    with pytest.raises(ValueError, match="x must be bfloat16"):
+        op(x.half(), weight, out, scratch)
+    with pytest.raises(ValueError, match="out must be"):
+        op(x, weight, out[:, :63], scratch)
+    with pytest.raises(ValueError, match="bias must be"):
+        op(x, weight, out, scratch, torch.zeros(23))
+    with pytest.raises(ValueError, match="does not fit a product"):
+        op(x, packed(library, random_w4(64, 128, 128, zeros=False), "bias"), out, scratch)
+    with pytest.raises(ValueError, match="rows are a multiple of 8"):
+        Variant("engine.cuda.w4_hopper", "w4_hopper", (128, "bfloat16", "bfloat16", *HopperLaunch(30, 1, 1, 3, 4).constants)).make()
+
+
+@pytest.mark.parametrize("made", [HopperLaunch(64, 2, 2, 3, 5, 2)])
+def test_no_stack_and_no_spills(made):
+    variant = Variant("engine.cuda.w4_hopper", "w4_hopper", (128, "bfloat16", "bfloat16", *made.constants))
+    _, resources = assemble(to_ptx(variant, CC), CC, "a")
+    assert (resources.stack_bytes, resources.spill_bytes) == (0, 0)
+    assert resources.registers * made.threads <= 65536

@@ -1,5 +1,6 @@
 """4-bit products and repacking against engine/w4.py and float64, in the emulator; outputs, guard bands and scratch start as NaN."""
 
+import os
 import subprocess
 import sys
 
@@ -23,6 +24,8 @@ from tests.ptx.emulator import Emulator, Memory
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PORTABLE = (7, 5)
 NAN = float("nan")
+# relative error of float32 results: the emulator's mma rounds to nearest, a card's cuts off what its accumulator cannot hold (3.7e-7 seen)
+CLOSE = 1e-6 if os.environ.get("KERNEL_TESTS") == "card" else 3e-7
 # (rows, tiles, warps_n, warps_k, stages): small relatives of the table's rows
 SMALL = {
     "one": W4Launch(1, 2, 1, 2, 3),
@@ -180,13 +183,13 @@ def test_wrong_tensors_are_refused(library):
 )  # fmt: skip
 def test_every_number_of_rows(library, m, launch):
     weight = random_w4(70, 640, 128)
-    assert Product(library, weight, packed(library, weight), m, SMALL[launch]).error < 3e-7
+    assert Product(library, weight, packed(library, weight), m, SMALL[launch]).error < CLOSE
 
 
 @pytest.mark.parametrize("m", [63, 64, 65, 70, 127, 128, 129, 255, 256, 257])
 def test_many_rows(library, m):
     weight = random_w4(40, 128, 128)
-    assert Product(library, weight, packed(library, weight), m, W4Launch(64, 2, 2, 1, 3)).error < 3e-7
+    assert Product(library, weight, packed(library, weight), m, W4Launch(64, 2, 2, 1, 3)).error < CLOSE
 
 
 @pytest.mark.parametrize(("n", "k", "group", "launch", "form", "dtype"), [
@@ -199,7 +202,7 @@ def test_every_group_size_form_and_dtype(library, n, k, group, launch, form, dty
     weight = random_w4(n, k, group, zeros=form == "zero")
     m = min(SMALL[launch].rows, 19)
     product = Product(library, weight, packed(library, weight, form, dtype), m, SMALL[launch], bias=False)
-    assert product.error < 3e-7
+    assert product.error < CLOSE
 
 
 @pytest.mark.parametrize("launch", ["eight", "direct"])
@@ -212,7 +215,7 @@ def test_split_input_channels_give_parts(library, launch, multiprocessors):
     grid = w4_grid(SMALL[launch], 5, 150, 1024, 128, multiprocessors)
     assert (grid.splits > 1) == (multiprocessors > 1)
     assert (product.op.scratch_floats > 0) == (grid.splits > 1)
-    assert product.error < 3e-7
+    assert product.error < CLOSE
     torch.manual_seed(0)
     again = product.run(torch.randn(5, 1024).to(torch.bfloat16), device_weight)
     assert torch.equal(again, product.got)

@@ -21,7 +21,8 @@ Work split:
 `AddRmsNorm` is exactly "add, then RmsNorm". It and `SiluMul` also take what a product left in parts (`engine/cuda/parts.py`).
 Portable: float16 variants use no instruction that compute capability 7.5 lacks.
 
-Versions tried: none was measured yet; threads a row is a factory constant so that it can be.
+Measured on an H200 (hidden 4,096): 1.1 to 2 us each at one row; at 8,192 rows norms, add_norm and silu_mul at 85 to 94 % of what a read
+kernel reaches, embed at 55 %. Threads a row is a factory constant; no other was tried.
 """
 
 from __future__ import annotations

@@ -32,8 +32,11 @@ Work split:
     the next kernel adds up (`engine/cuda/parts.py`): no counter, no fence, nobody waits for anybody, and results do not depend
     on timing.
 
-Versions tried (none measured on a card yet; instructions are of the PTX, a warp and chunk, bfloat16, groups of 128, counted by the
+Versions tried (bench/LOG.md: us of a Llama-3.1-8B layer on an H200 at 1 / 8 / 16 / 32 / 64 rows, tuned; the rest: instructions of the PTX, a warp and chunk, bfloat16, groups of 128, counted by the
 emulator at 1 / 8 / 16 / 32 / 64 rows; at 4.37 TB/s an H200's warp schedulers have about 108 cycles a chunk):
+
+    a cut of all steps into equal shares, the last thread block of a piece adds it up   62.6 / 65.1 / 115 / 244 / 473 us
+    parts of split input channels, added up by the next kernel                          49.9 / 51.4 / 58.4 / 80.5 / 128 us
 
     signed 64-bit index arithmetic, x pieces found by division             91 / 130 / 116 / 165 / 261
     unsigned, running addresses, x pieces at a fixed place of a thread     87 / 96 / 99 / 145 / 225

@@ -5,13 +5,13 @@ nothing changes; rounded, channels with a large s lose less and their neighbours
 
     s = a^r                or       s = a^r / w^(1 - r)         a: mean |x|,   w: mean of |W| / largest of its group
 
-and r of 0, 1/20 ... 1 is the one whose rounded linears change their output least (`quant/groups.py`). Then, for each row
-and group, the range of the weights is narrowed step by step as long as the group's own part of the error falls.
+and r of 1/20, 2/20 ... 1 is the one whose rounded linears change their output least (`quant/groups.py`): every second r is
+tried, then those beside the best. Then, for each row and group, the range of the weights is narrowed step by step to where the
+group's own part of the error is smallest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +19,16 @@ import torch
 from quant.groups import CACHED, LEVELS, Rounded, nearest, range_grid, round_groups, total_error
 from quant.threads import SERIAL, Pool
 
-RATIOS = 20
+RATIOS = 20  # ratios from 1 / 20 to 1,
+COARSE = 2  # every second of them first, then the two beside the best
+FORMS = ("activation", "activation/weight")
 FIXED_RATIO = 0.5  # without a search, as SmoothQuant and LMDeploy have it
 SHRINKS = tuple(1 - step / 20 for step in range(11))  # of a range: 1.0 to 0.5
 SMALLEST = 1e-4
 MOST = 256.0
+
+
+Candidate = tuple[float, str, torch.Tensor]  # ratio, form, scales [K]
 
 
 @dataclass(slots=True, eq=False)
@@ -63,28 +68,38 @@ def find_scales(
     if total == 0:
         return Scales(torch.ones_like(inputs.mean), 0.0, "none", 0.0, 0.0)
 
-    def error(candidate: tuple[float, str, torch.Tensor]) -> float:
+    def error(candidate: Candidate) -> float:
         scales = candidate[2]
         return total_error(weight, inputs.gram, lambda rows: nearest(rows * scales, group, symmetric).div_(scales)) / total
 
-    candidates = list(_candidates(weight, inputs, group, search, owner))
-    errors = pool.map(error, candidates)
+    make = _Forms(weight, inputs, group, owner)
+    first: list[Candidate] = [(0.0, "none", torch.ones_like(inputs.mean))]
+    if search:
+        first += [make(step / RATIOS, form) for step in range(COARSE, RATIOS + 1, COARSE) for form in FORMS]
+    else:
+        first.append(make(FIXED_RATIO, FORMS[1]))
+    errors = pool.map(error, first)
+    tried = list(zip(errors, first, strict=True))
     best = min(range(len(errors)), key=errors.__getitem__)
-    ratio, form, scales = candidates[best]
-    return Scales(scales, ratio, form, errors[0], errors[best])
+    if search and best:
+        ratio, form, _ = first[best]
+        step = round(ratio * RATIOS)
+        nearby = [make(near / RATIOS, form) for near in (step - 1, step + 1) if near <= RATIOS]
+        tried += zip(pool.map(error, nearby), nearby, strict=True)
+    least, (ratio, form, scales) = min(tried, key=lambda found: found[0])
+    return Scales(scales, ratio, form, errors[0], least)
 
 
-def _candidates(
-    weight: torch.Tensor, inputs: Inputs, group: int, search: bool, owner: torch.Tensor | None
-) -> Iterator[tuple[float, str, torch.Tensor]]:
-    """(ratio, form, scales): no scales first."""
-    yield 0.0, "none", torch.ones_like(inputs.mean)
-    activation = together(inputs.mean, owner)
-    relative = together(_relative_size(weight, group), owner)
-    for ratio in [step / RATIOS for step in range(1, RATIOS + 1)] if search else [FIXED_RATIO]:
-        if search:
-            yield ratio, "activation", bounded(activation.pow(ratio))
-        yield ratio, "activation/weight", bounded(activation.pow(ratio) / relative.pow(1 - ratio))
+class _Forms:
+    """Candidates of a linear by ratio and form."""
+
+    def __init__(self, weight: torch.Tensor, inputs: Inputs, group: int, owner: torch.Tensor | None) -> None:
+        self._activation = together(inputs.mean, owner)
+        self._relative = together(_relative_size(weight, group), owner)
+
+    def __call__(self, ratio: float, form: str) -> Candidate:
+        scales = self._activation.pow(ratio)
+        return ratio, form, bounded(scales if form == FORMS[0] else scales / self._relative.pow(1 - ratio))
 
 
 def _relative_size(weight: torch.Tensor, group: int) -> torch.Tensor:

@@ -210,7 +210,8 @@ class CudaBench:
             summed(x, product.packed[0], out)
             ours[m] += self.measure(
                 "w4", f"{name} x {m}", [lambda p=p, x=x, out=out: summed(x, p, out) for p in product.packed],
-                nbytes=product.nbytes + 2 * m * (n + k), error=product.error(x, out), less=self.launch_us if summed.parted else 0.0, **common,
+                nbytes=product.nbytes + 2 * m * (n + k), error=product.error(x, out),
+                less=self.launch_us if summed.parted else 0.0, **common,
             )  # fmt: skip
             out.fill_(torch.nan)
             torch.mm(x, dense[0].T, out=out)

@@ -11,7 +11,8 @@ Layout: 16-bit numbers in the computing dtype unless said; a "word" is two of th
 
 Work split: one warp a head of a token; grid = T * ceil((heads + 2 kv_heads) / warps of a block). Lane l holds words
 l, l + 32, .. of a and of b (so it has both numbers of every pair it turns) and of the rest, as float32 in registers: qkv is
-read once (or its parts, `engine/cuda/parts.py`) and written once. A token's position and block are found by every warp for itself: two loads that the cache answers.
+read once (or its parts, `engine/cuda/parts.py`) and written once. A token's position and block are found by every warp for itself:
+two loads that the cache answers.
 
 A quantized pool gets codes (`engine/cuda/kv_quant.py`). Where its heads are turned too (4 bits), a warp first deals its head out
 again through shared memory, lane l words l, l + 32, .., and q is stored so.

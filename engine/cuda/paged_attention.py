@@ -27,8 +27,8 @@ the last of them folds them all, in the same order with the same arithmetic: so 
 never on the batch. Counters go back to 0 for the next launch.
 
 Measured on an H200 (32 heads over 8 of 128; 22 launch shapes, bench/LOG.md): 8.0 us at 1 x 1,024, 46 at 8 x 4,096, 76 at 64 x 1,024,
-3.83 TB/s at 64 x 4,096, 83 % of what a read kernel reaches. Estimate at 64 x 1,024 (8 KV heads, 128): 16 mma, 16 ldmatrix and about 200 other
-instructions for 8 KB, which is an eighth of what a multiprocessor can issue while it reads them.
+3.83 TB/s at 64 x 4,096, 83 % of what a read kernel reaches. By estimate 16 mma, 16 ldmatrix and about 200 other instructions for
+8 KB, which is an eighth of what a multiprocessor can issue while it reads them.
 """
 
 from __future__ import annotations

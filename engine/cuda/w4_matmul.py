@@ -32,8 +32,8 @@ Work split:
     the next kernel adds up (`engine/cuda/parts.py`): no counter, no fence, nobody waits for anybody, and results do not depend
     on timing.
 
-Versions tried (bench/LOG.md: us of a Llama-3.1-8B layer on an H200 at 1 / 8 / 16 / 32 / 64 rows, tuned; the rest: instructions of the PTX, a warp and chunk, bfloat16, groups of 128, counted by the
-emulator at 1 / 8 / 16 / 32 / 64 rows; at 4.37 TB/s an H200's warp schedulers have about 108 cycles a chunk):
+Versions tried: microseconds of a Llama-3.1-8B layer on an H200 (bench/LOG.md) at 1 / 8 / 16 / 32 / 64 rows, bfloat16, groups of 128;
+then instructions of the PTX, a warp and chunk, counted by the emulator (at 4.37 TB/s a warp scheduler has about 108 cycles a chunk):
 
     a cut of all steps into equal shares, the last thread block of a piece adds it up   62.6 / 65.1 / 115 / 244 / 473 us
     parts of split input channels, added up by the next kernel                          49.9 / 51.4 / 58.4 / 80.5 / 128 us

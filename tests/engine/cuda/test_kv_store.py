@@ -239,7 +239,8 @@ def test_logn_of_the_reference_begins_beyond_the_trained_length():
 
 VARIANTS = [
     (32, 8, 128, 128, 64, "bfloat16", False, 0, 4, False, 0, True), (8, 8, 256, 256, 64, "float16", True, 2048, 4, True),
-    (8, 1, 96, 20, 16, "bfloat16", True, 100, 4, True),
+    (8, 1, 96, 20, 16, "bfloat16", True, 100, 4, True), (32, 8, 128, 128, 64, "bfloat16", False, 0, 4, True, 8),
+    (8, 8, 256, 64, 64, "float16", True, 2048, 4, False, 4),
 ]  # fmt: skip
 
 

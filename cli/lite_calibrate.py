@@ -30,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         assert windows is not None
         for sentence in windows.sentences:
             say(f"{PROG}: {sentence}")
-        calibrate(source, windows, args.work_dir, batch_size=args.batch_size, device=chosen_device(args), progress=Bar())
+        bar = Bar()
+        try:
+            calibrate(source, windows, args.work_dir, batch_size=args.batch_size, device=chosen_device(args), progress=bar)
+        finally:
+            bar.end()
         print(f"{args.work_dir}/{TENSORS}: {source.spec.num_layers} layers, {windows.tokens} tokens")
         return 0
 

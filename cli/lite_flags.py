@@ -138,12 +138,19 @@ def run_job(args: Any, prog: str, source: Source, method: Method) -> Made:
     """Make the copy and say what came of it."""
     from quant.job import Job
 
-    windows = open_windows(args, source)
+    windows, bar = open_windows(args, source), Bar()
     job = Job(
         source, method, args.work_dir, windows, dtype=chosen_dtype(args, source), batch_size=args.batch_size, device=chosen_device(args),
-        progress=Bar(),
+        progress=bar,
     )  # fmt: skip
-    made = job.run()
+    try:
+        made = job.run()
+    except KeyboardInterrupt:
+        bar.end()
+        say(f"{prog}: stopped; the same command goes on where it was")
+        raise
+    finally:
+        bar.end()
     for sentence in made.sentences:
         say(f"{prog}: {sentence}")
     kept = f", {made.resumed_at} layers of an earlier start kept" if made.resumed_at else ""
@@ -158,11 +165,18 @@ class Bar:
 
     def __init__(self) -> None:
         self._last = time.monotonic()
+        self._drawn = False
+
+    def end(self) -> None:
+        """What is said next has a line of its own."""
+        if self._drawn:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self._drawn = False
 
     def __call__(self, share: float, label: str, seconds_left: float) -> None:
         left = "" if math.isnan(seconds_left) else f", {clock(seconds_left)} left"
         if sys.stderr.isatty():
-            filled = "#" * round(BAR * share)
+            self._drawn, filled = True, "#" * round(BAR * share)
             print(f"\r\x1b[K[{filled:<{BAR}}] {100 * share:3.0f} %  {label}{left}", end="", file=sys.stderr, flush=True)
         elif time.monotonic() - self._last >= TELL_EVERY_S:
             self._last = time.monotonic()

@@ -54,7 +54,7 @@ def write_dense(source: Path | str, dst: Path | str) -> Path:
     partial.mkdir(parents=True)
     try:
         _write_tensors(partial, model)
-        for name, data in tokenizer_files(path):
+        for name, data in tokenizer_files(path, hub=True):
             if name != "config.json":
                 write_file(partial / name, data)
         write_file(partial / "config.json", (json.dumps(config, indent=2) + "\n").encode())

@@ -343,8 +343,15 @@ def check_work_dir(source: Path, dst: Path, manifest: str = MANIFEST) -> None:
     model = source.resolve()
     if dst == model or dst in model.parents or model in dst.parents:
         raise ConfigError(f"--work-dir {dst}: is the model itself, holds it or lies in it; name another folder.")
+    partial = dst.with_name(f"{dst.name}.partial")
+    if os.path.lexists(partial) and not (partial.is_dir() and (not any(partial.iterdir()) or _is_ours(partial, manifest))):
+        raise ConfigError(f"--work-dir {dst}: {partial.name} beside it is not of this command's making; name another, or remove it.")
     if os.path.lexists(dst) and not (dst.is_dir() and (not any(dst.iterdir()) or (dst / manifest).is_file())):
         raise ConfigError(f"--work-dir {dst}: is there and not of this command's making; name another, or remove it.")
+
+
+def _is_ours(partial: Path, manifest: str) -> bool:
+    return (partial / WORK).is_dir() or (partial / manifest).is_file()
 
 
 def _read_state(work: Path) -> dict[str, Any]:

@@ -274,7 +274,9 @@ def test_an_existing_copy_is_replaced_and_nothing_else_is(tmp_path: Path, text: 
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "diary.txt").write_text("dear diary")
-    for place in (mine, source, source.parent, source / "below", mine / "diary.txt"):
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial" / "diary.txt").write_text("dear diary")
+    for place in (mine, source, source.parent, source / "below", mine / "diary.txt", tmp_path / "other"):
         before = tree(tmp_path)
         capsys.readouterr()
         assert main(["lite", "auto_awq", str(source), "--work-dir", str(place), "--w-group-size", "32", "--calib-samples", "0"]) == 2

@@ -26,7 +26,10 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 70, 150, 30, 52  # of the sc
 SMALLEST, LARGEST = 6.0, 22.0  # radius of a dot
 LABEL_GAP = 15.0
 BUSY = 0.1  # share of the processor that others took, from which on it is said
-OWN_STYLE = "th, td { white-space: nowrap; } td[colspan] { white-space: normal; text-align: left; } p:first-of-type { color: var(--ink); }"
+OWN_STYLE = (
+    "main { max-width: 1060px; } table { font-size: 13px; } th, td { white-space: nowrap; } "
+    "td[colspan] { white-space: normal; text-align: left; } p:first-of-type { color: var(--ink); }"
+)
 
 
 def cells(row: Row) -> list[str]:
@@ -138,6 +141,7 @@ def scatter(ran: Sequence[Row], advice: Advice, max_loss: float) -> str:
     losses = [_losses(row) for row in ran]
     xs, ys = [row.decode.get(BATCHES[0], 0.0) for row in ran], [y for three in losses for y in three]
     low, high = min(0.0, *ys), max(100 * max_loss, *ys) * 1.1 + 0.01
+    low -= (high - low) * 0.06  # labels of what lies on the axis stand above its numbers
     right = max(xs) * 1.12 or 1.0
     most = max(row.kv_tokens for row in ran) or 1
 

@@ -98,7 +98,7 @@ def test_a_browser_sends_watches_stops_and_regenerates(slow: Running) -> None:
     async def use(address: str) -> None:
         async with browser() as page:
             await page.open(address)
-            await page.until("!!document.querySelector('#text textarea')")
+            await page.until("!!document.querySelector('#text textarea') && !!document.querySelector('#send')")
             text = (
                 "(Array.from(document.querySelectorAll('#chat .bot.message, #chat [data-testid=bot]')).pop() || {innerText: ''}).innerText"
             )

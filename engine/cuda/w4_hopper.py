@@ -1,4 +1,4 @@
-"""out = x @ dequantize(w).T + bias for a 4-bit weight on compute capability 9.0, from about 24 rows of x: wgmma, weights from registers.
+"""out = x @ dequantize(w).T + bias for a 4-bit weight on compute capability 9.0, from 16 rows of x or so: wgmma, weights from registers.
 
 The same weight (`engine/cuda/w4_layout.py`, pairs of the form "zero" only), operands and results as `engine/cuda/w4_matmul.py`, which is
 for fewer rows, other cards and the form "bias".
@@ -26,11 +26,12 @@ lane: no two in one bank.
     Weights of the first steps are on their way before the kernel before this one has ended (`ptx.after_previous`).
 
 Versions tried (H200, 2026-11-20, microseconds of a Llama-3.1-8B layer's four products at 32 / 64 / 128 rows, groups of 128, bfloat16;
-w4_matmul.py: 79.6 / 130.8 / two times 64):
+w4_matmul.py: 79.6 / 130.8 / not measured):
 
-    x by cp.async of 4 bytes (11 cycles of a multiprocessor each)      65.3 / 94.1 / 178.9
+    x by cp.async of 4 bytes: that was the bottleneck                  65.3 / 94.1 / 178.9
     x by way of registers                                              57.7 / 78.3 / 137.6
-    setmaxnreg: nvJitLink ignores it. Warpgroups along K, sums of two groups at a time, words read a step before: nothing gained
+    .. with `together` = 4 and warpgroups along K, since removed       57.5 / 80.7 / 141.0
+    sums of two groups at a time, words read a step before: not among the best of any shape; setmaxnreg: nvJitLink ignores it
 """
 
 from __future__ import annotations

@@ -117,36 +117,44 @@ def piece_rotator(head_dim: int) -> Any:
 def fragment_rotator(head_dim: int, tiles: int) -> Any:
     """rotate_fragments(x, lane): the accumulators of m16n8k16 products, x[(m columns + n) 4 ..], of `tiles` tiles of 16 rows."""
     size, columns = kv_quant.rotated(head_dim, 4), head_dim // 8
-    factor, halves = f32(size**-0.5), tiles * columns * 2
+    factor, pairs = f32(size**-0.5), tiles * columns * 2
+
+    def within(i, x):  # type: ignore[no-untyped-def]
+        a, b = x[2 * i], x[2 * i + 1]
+        x[2 * i], x[2 * i + 1] = (a + b) * factor, (a - b) * factor
+
+    def between_lanes(i, x, lane):  # type: ignore[no-untyped-def]
+        for step in (1, 2):
+            other = ptx.shuffle_xor_f32(x[i], u32(step))
+            x[i] = other + x[i] if u32(lane & u32(step)) == u32(0) else other - x[i]
 
     def butterflies(step: int) -> Any:
         """Of columns `step` apart, then twice as far, while they are turned together."""
         further = butterflies(2 * step) if 16 * step < size else None
         goes_on = further is not None
 
+        def one(k, x):  # type: ignore[no-untyped-def]
+            of, j = k // 4, k % 4
+            at = ((of // step * 2 * step) + of % step) * 4 + j
+            a, b = x[at], x[at + 4 * step]
+            x[at], x[at + 4 * step] = a + b, a - b
+
+        all_of_them = ptx.unrolled(pairs, one)
+
         @cuda.jit(device=True, inline="always")
         def turn(x):  # type: ignore[no-untyped-def]
-            for k in range(halves):
-                of, j = k // 4, k % 4
-                at = ((of // step * 2 * step) + of % step) * 4 + j
-                a, b = x[at], x[at + 4 * step]
-                x[at], x[at + 4 * step] = a + b, a - b
+            all_of_them(x)
             if goes_on:
                 further(x)
 
         return turn
 
-    across = butterflies(1)
+    in_pairs, in_lanes, across = ptx.unrolled(pairs, within), ptx.unrolled(2 * pairs, between_lanes), butterflies(1)
 
     @cuda.jit(device=True, inline="always")
     def rotate_fragments(x, lane):  # type: ignore[no-untyped-def]
-        for i in range(halves):
-            a, b = x[2 * i], x[2 * i + 1]
-            x[2 * i], x[2 * i + 1] = (a + b) * factor, (a - b) * factor
-        for step in (1, 2):
-            for i in range(2 * halves):
-                other = ptx.shuffle_xor_f32(x[i], u32(step))
-                x[i] = other + x[i] if u32(u32(lane) & u32(step)) == u32(0) else other - x[i]
+        in_pairs(x)
+        in_lanes(x, u32(lane))
         across(x)
 
     return rotate_fragments

@@ -61,8 +61,8 @@ def test_ids_are_the_references_over_the_same_pool(device: str, bits: int, tmp_p
         reference.check(prompt, answer, MARGIN)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_preemption_changes_no_id(bits: int, tmp_path: Path, root: Path) -> None:
+def test_preemption_changes_no_id(tmp_path: Path, root: Path) -> None:
+    bits = 4
     model = toy_checkpoint(tmp_path / "model", "llama", hidden=128, heads=2, kv_heads=1)
     prompts = [list(range(3, 3 + n)) for n in (12, 13, 14, 15)]
     roomy, none = asyncio.run(every_way(engine_on(config_on("cpu", model, root, bits)), 30, prompts))
@@ -70,16 +70,16 @@ def test_preemption_changes_no_id(bits: int, tmp_path: Path, root: Path) -> None
     assert tight == roomy and none == 0 and some > 0
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_two_ranks_give_the_ids_of_one(bits: int, tmp_path: Path, root: Path) -> None:
+def test_two_ranks_give_the_ids_of_one(tmp_path: Path, root: Path) -> None:
+    bits = 8
     model = toy_checkpoint(tmp_path / "model", "llama", hidden=128, heads=4, kv_heads=2)
     one, _ = asyncio.run(every_way(engine_on(config_on("cpu", model, root, bits)), 4))
     two, _ = asyncio.run(every_way(engine_on(config_on("cpu", model, root, bits, {"tp": 2})), 4))
     assert one == two
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_card_holds_the_bytes_that_were_planned(bits: int, tmp_path: Path, root: Path) -> None:
+def test_a_card_holds_the_bytes_that_were_planned(tmp_path: Path, root: Path) -> None:
+    bits = 4
     model = toy_checkpoint(tmp_path / "model", "llama", hidden=128, heads=2, kv_heads=1)
     config = config_on("cuda", model, root, bits)
     plan = plan_memory(config, resolve_spec(config), model, 1 << 34)

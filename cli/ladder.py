@@ -122,10 +122,10 @@ def _task(args: argparse.Namespace) -> Task:
 
 
 def _told(sentence: str) -> None:
-    """A line that moves on a terminal; elsewhere only what begins a rung."""
+    """A line that moves on a terminal; elsewhere only where something begins."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{sentence}", end="", file=sys.stderr, flush=True)
-    elif "loading" in sentence:
+    elif " tokens scored" not in sentence:
         say(sentence)
 
 

@@ -210,16 +210,8 @@ def _text(flag: Flag, value: Any) -> str:
         except ConfigError as error:
             raise UsageError(f"--{str(error).replace('model_format', 'model-format')}") from None
     if flag.name == "--quant-policy":
-        return _quant_policy(value)
+        return str(QUANT_POLICIES.get(value, value))
     return str(value)
-
-
-def _quant_policy(value: str) -> str:
-    policy = QUANT_POLICIES.get(value, value)
-    here = KNOBS["cache"]["quant_policy"].choices
-    if str(policy) in ("4", "8") and int(policy) not in here:
-        raise UsageError(f"--quant-policy {value}: KV quantization comes in a later version; {', '.join(map(str, here))} is what there is.")
-    return str(policy)
 
 
 def _ssl(args: argparse.Namespace) -> dict[str, tuple[str, str]]:

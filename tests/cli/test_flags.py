@@ -32,7 +32,7 @@ MAPPED: dict[str, tuple[list[str], str, Any]] = {
     "--cache-max-entry-count": (["0.5"], "cache.cache_max_entry_count", 0.5),
     "--cache-block-seq-len": (["128"], "cache.cache_block_seq_len", 128),
     "--enable-prefix-caching": ([], "cache.enable_prefix_caching", True),
-    "--quant-policy": (["0"], "cache.quant_policy", 0),
+    "--quant-policy": (["int8"], "cache.quant_policy", 8),
     "--server-name": (["127.0.0.1"], "server.server_name", "127.0.0.1"),
     "--server-port": (["8000"], "server.server_port", 8000),
     "--log-level": (["DEBUG"], "server.log_level", "DEBUG"),

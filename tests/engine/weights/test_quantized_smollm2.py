@@ -16,7 +16,7 @@ from tests.engine.judge import MARGIN, Reference
 from tests.engine.weights.test_quantized import PROMPTS, ids
 from tests.fixtures.quantized import Quantizer, fp8, gptq, packed, quantized_tensors, w8a8, write_pair
 
-LAYERS = 2
+LAYERS, VOCAB = 2, 4096
 FORMS: dict[str, tuple[tuple[dict[str, Any], Quantizer], float]] = {
     "GPTQ v1 act-order": (gptq(group=64, act_order=True), MARGIN),
     "GPTQ v2": (gptq(group=32, version=2), MARGIN),
@@ -28,11 +28,12 @@ FORMS: dict[str, tuple[tuple[dict[str, Any], Quantizer], float]] = {
 
 
 def first_layers(path: Path) -> tuple[ModelSpec, dict[str, np.ndarray]]:
-    """Parameters of a GGUF file with fewer layers, float32."""
+    """Parameters of a GGUF file with fewer layers and ids, float32."""
     whole = load_spec(path)
-    checkpoint, spec = open_checkpoint(path, whole), dataclasses.replace(whole, num_layers=LAYERS)
+    checkpoint, spec = open_checkpoint(path, whole), dataclasses.replace(whole, num_layers=LAYERS, vocab_size=VOCAB)
     names = [name.removesuffix(".weight") for name in expected_shapes(spec)]
-    return spec, {f"{name}.weight": checkpoint.weight(name, dense=True).float().numpy() for name in names}
+    rows = {"embed": slice(0, VOCAB)}
+    return spec, {f"{name}.weight": checkpoint.weight(name, rows=rows.get(name), dense=True).float().numpy() for name in names}
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:

@@ -106,7 +106,11 @@ def machine(about: dict[str, Any]) -> str:
     cards = [str(card.get("name", card)) if isinstance(card, dict) else str(card) for card in found.get("gpus", [])]
     words = ", ".join([*cards, f"{found.get('processor', 'CPU')} with {found.get('cores', '?')} cores"])
     others = about.get("others_cpu_share") or 0
-    return words + (f"; other programs took {100 * others:.0f} % of the processor meanwhile." if others > BUSY else ".")
+    return words + (
+        f"; other programs took {100 * others:.0f} % of the processor meanwhile: speeds, and advice that rests on them, are rough."
+        if others > BUSY
+        else "."
+    )
 
 
 def _charts(ran: Sequence[Row]) -> list[tuple[str, str, Any]]:

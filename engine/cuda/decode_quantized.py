@@ -61,7 +61,7 @@ def quantized_math(head_dim: int, bits: int, set_heads: int, dtype: str, nothing
     value_at, tile_pairs_at = TILE * row, 2 * TILE * row
     num_places = 2 * key_pieces + 4 * value_pieces
     four, half = bits == 4, f32(1 << (bits - 1))
-    column_words, score_words = columns * 2, columns * 4
+    column_words, score_words, fragments = columns * 2, columns * 4, columns * steps * 4
     scale = f32(head_dim**-0.5 * LOG2_E)
     lower = f32(head_dim**-0.5 * LOG2_E / 16)  # of numbers whose codes lie four bits higher
     unit = f32(2.0**24)
@@ -134,13 +134,12 @@ def quantized_math(head_dim: int, bits: int, set_heads: int, dtype: str, nothing
             )
 
     @cuda.jit(device=True, inline="always")
-    def answer(sums, weights, keep, step, a0, a1, a2, a3):  # type: ignore[no-untyped-def]
+    def answer(sums, weights, step, a0, a1, a2, a3):  # type: ignore[no-untyped-def]
         for n in range(columns):
             i = (n * steps + step) * 4
             sums[i], sums[i + 1], sums[i + 2], sums[i + 3] = mma(
-                a0, a1, a2, a3, weights[2 * n], weights[2 * n + 1],
-                sums[i] * keep[2 * n], sums[i + 1] * keep[2 * n + 1], sums[i + 2] * keep[2 * n], sums[i + 3] * keep[2 * n + 1],
-            )  # fmt: skip
+                a0, a1, a2, a3, weights[2 * n], weights[2 * n + 1], sums[i], sums[i + 1], sums[i + 2], sums[i + 3]
+            )
 
     @cuda.jit(device=True, inline="always")
     def add_tile(slot, query, asked, sums, top, under, shift, scores, weights, keep, position, low, stop, places, lane):  # type: ignore[no-untyped-def]
@@ -198,6 +197,13 @@ def quantized_math(head_dim: int, bits: int, set_heads: int, dtype: str, nothing
             scores[w], scores[w + 2] = ptx.exp2(above - most), ptx.exp2(below - most)
             under[i] = ptx.fma(under[i], keep[i], ptx.fma(scores[w], part_0, scores[w + 2] * part_1))
             shift[i] = ptx.fma(shift[i], keep[i], ptx.fma(scores[w], zero_0, scores[w + 2] * zero_1))
+        # maxima seldom change after the first tiles, and what is not scaled is what it would be times 1
+        changed = u32(0)
+        for i in range(column_words):
+            changed = u32(1) if keep[i] < one else changed
+        if ptx.any_lane(changed) == u32(1):
+            for i in range(fragments):
+                sums[i] = sums[i] * keep[i // (4 * steps) * 2 + i % 2]
         for n in range(columns):
             weights[2 * n] = ptx.move_matrix_transposed(pack(scores[4 * n], scores[4 * n + 1]))
             weights[2 * n + 1] = ptx.move_matrix_transposed(pack(scores[4 * n + 2], scores[4 * n + 3]))
@@ -212,17 +218,17 @@ def quantized_math(head_dim: int, bits: int, set_heads: int, dtype: str, nothing
                     if four:
                         step = (p * value_words + w) * 4 + 2 * side
                         answer(
-                            sums, weights, keep, step, u32(near & u32(0x000F000F)), u32(near & u32(0x00F000F0)),
+                            sums, weights, step, u32(near & u32(0x000F000F)), u32(near & u32(0x00F000F0)),
                             u32(far & u32(0x000F000F)), u32(far & u32(0x00F000F0)),
                         )  # fmt: skip
                         near, far = u32(near >> u32(8)), u32(far >> u32(8))
                         answer(
-                            sums, weights, keep, step + 1, u32(near & u32(0x000F000F)), u32(near & u32(0x00F000F0)),
+                            sums, weights, step + 1, u32(near & u32(0x000F000F)), u32(near & u32(0x00F000F0)),
                             u32(far & u32(0x000F000F)), u32(far & u32(0x00F000F0)),
                         )  # fmt: skip
                     else:
                         answer(
-                            sums, weights, keep, (p * value_words + w) * 2 + side, permute(near, u32(0), u32(0x4240)),
+                            sums, weights, (p * value_words + w) * 2 + side, permute(near, u32(0), u32(0x4240)),
                             permute(near, u32(0), u32(0x4341)), permute(far, u32(0), u32(0x4240)), permute(far, u32(0), u32(0x4341)),
                         )  # fmt: skip
 

@@ -245,6 +245,9 @@ shuffle_xor = _asm("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", [u32], [u
 shuffle_xor_f32 = _asm("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", [f32], [f32, u32], memory=True)
 shuffle_first = _asm("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", [u32], [u32], memory=True)  # lane 0's
 shuffle_first_f32 = _asm("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", [f32], [f32], memory=True)
+any_lane = _asm(  # 1 where a0 is not 0 in some lane: the same answer in all
+    "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.u32 $0, 1, 0, p; }", [u32], [u32], memory=True
+)
 warp_barrier = _asm("bar.warp.sync 0xffffffff;", [], [], memory=True)
 
 # -- between thread blocks ------------------------------------------------------------------------------------------------------

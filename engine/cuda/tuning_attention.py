@@ -43,17 +43,18 @@ DECODE: dict[tuple[int, int], dict[int, DecodeShape]] = {
     (8, 0): {64: DecodeShape(4, 4, 2), 128: DecodeShape(4, 2, 2), 256: DecodeShape(4, 2, 1)},
     (8, 6): {64: DecodeShape(4, 2, 2), 128: DecodeShape(4, 2, 1), 256: DecodeShape(2, 2, 1)},
 }
-# of codes a tile is a half or a quarter as large: by bits, then the same
+# of codes a tile is a half or a quarter as large: by bits, then the same. Half as many sections: ending one costs the same as ever,
+# reading it less (the emulator counts 300 instructions a warp for an end, 350 for a tile)
 DECODE_QUANTIZED: dict[int, dict[tuple[int, int], dict[int, DecodeShape]]] = {
     8: {
-        (9, 0): {64: DecodeShape(4, 4, 4), 128: DecodeShape(4, 3, 3), 256: DecodeShape(4, 3, 1)},
-        (8, 0): {64: DecodeShape(4, 4, 3), 128: DecodeShape(4, 3, 2), 256: DecodeShape(4, 3, 1)},
-        (8, 6): {64: DecodeShape(4, 4, 2), 128: DecodeShape(4, 3, 1), 256: DecodeShape(2, 3, 1)},
+        (9, 0): {64: DecodeShape(4, 4, 4, 16), 128: DecodeShape(4, 3, 3, 16), 256: DecodeShape(4, 3, 1, 16)},
+        (8, 0): {64: DecodeShape(4, 4, 3, 16), 128: DecodeShape(4, 3, 2, 16), 256: DecodeShape(4, 3, 1, 16)},
+        (8, 6): {64: DecodeShape(4, 4, 2, 16), 128: DecodeShape(4, 3, 1, 16), 256: DecodeShape(2, 3, 1, 16)},
     },
     4: {
-        (9, 0): {64: DecodeShape(4, 6, 4), 128: DecodeShape(4, 4, 4), 256: DecodeShape(4, 3, 2)},
-        (8, 0): {64: DecodeShape(4, 4, 4), 128: DecodeShape(4, 4, 3), 256: DecodeShape(4, 3, 1)},
-        (8, 6): {64: DecodeShape(4, 4, 3), 128: DecodeShape(4, 3, 2), 256: DecodeShape(4, 3, 1)},
+        (9, 0): {64: DecodeShape(4, 6, 4, 16), 128: DecodeShape(4, 4, 4, 16), 256: DecodeShape(4, 3, 2, 16)},
+        (8, 0): {64: DecodeShape(4, 4, 3, 16), 128: DecodeShape(4, 4, 2, 16), 256: DecodeShape(4, 3, 1, 16)},
+        (8, 6): {64: DecodeShape(4, 4, 3, 16), 128: DecodeShape(4, 3, 2, 16), 256: DecodeShape(4, 3, 1, 16)},
     },
 }
 PROMPT: dict[tuple[int, int], dict[int, PromptShape]] = {

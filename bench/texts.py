@@ -151,7 +151,7 @@ def windows(pieces: Sequence[Piece], window: int, stride: int, tokens: int, bos:
 
 def _slide(piece: Piece, window: int, stride: int, bos: int | None) -> Iterator[Window]:
     """The windows of one document."""
-    ids, scored = piece.ids, piece.first
+    ids, scored, stride = piece.ids, piece.first, min(stride, window - 1)  # the first id of a window is only seen
     head = [bos] if bos is not None and ids[:1] == [bos] else []
     while scored < len(ids):
         end = min(len(ids), window if scored < window else scored + stride)

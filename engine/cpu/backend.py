@@ -31,8 +31,8 @@ from engine.cpu.target import FEATURES
 from engine.cpu.threads import Pool, aligned
 from engine.cpu.vector import compiled
 from engine.errors import ConfigError
-from engine.models.layers import to_dense
 from engine.kv_quant import rotated
+from engine.models.layers import to_dense
 from engine.models.spec import ModelSpec
 
 Array = np.ndarray

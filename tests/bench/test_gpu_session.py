@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from bench import gpu_session
 from bench.gpu_session import Place, Session, Stage
+from cli.arguments import Parser
 
 
 def stage(code: str, limit_s: float = 30, **more: object) -> Stage:
@@ -79,7 +82,6 @@ def test_commands_of_a_stage_may_run_together(place: Place) -> None:
 
 def test_every_stage_names_commands_that_exist(place: Place, root: Path) -> None:
     """Each module can be started, and takes the words it is given."""
-    import argparse
     import importlib
 
     asked = []
@@ -87,15 +89,17 @@ def test_every_stage_names_commands_that_exist(place: Place, root: Path) -> None
     class Stop(Exception):
         pass
 
-    original = argparse.ArgumentParser.parse_args
+    def stopped(original: Callable[..., argparse.Namespace]) -> Callable[..., argparse.Namespace]:
+        def parse(self: argparse.ArgumentParser, args: list[str] | None = None, namespace: object = None) -> argparse.Namespace:
+            original(self, args)
+            asked.append(self.prog)
+            raise Stop
 
-    def parse(self: argparse.ArgumentParser, args: list[str] | None = None, namespace: object = None) -> argparse.Namespace:
-        original(self, args)
-        asked.append(self.prog)
-        raise Stop
+        return parse
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        for parser in (argparse.ArgumentParser, Parser):
+            patch.setattr(parser, "parse_args", stopped(parser.parse_args))
         for each in gpu_session.STAGES.values():
             for command in each.commands(place):
                 words = command[command.index("-m") + 1 :]

@@ -75,7 +75,7 @@ def test_rotations_outgrow_the_cache() -> None:
 
 
 def test_compile_only_says_registers_stack_and_spills(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--compile-only", "--sm", "80,90", "--match", "rms_norm_576_bfloat16_False", "--processes", "1", "--json"]
+    words = ["--compile-only", "--sm", "80,90", "--match", "rms_norm_576_bfloat16_rows", "--processes", "1", "--json"]
     assert kernels.main(words) == 0
     (eighty, ninety) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["kernels"]
     assert set(eighty) == {"kernel", "sm", "registers", "stack_bytes", "spill_bytes"}

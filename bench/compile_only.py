@@ -25,7 +25,7 @@ from engine.cuda.launch import Kernel, Library, Variant, assemble, to_ptx
 from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention
 from engine.cuda.sampling import GpuSampler
-from engine.cuda.w4_hopper import HopperLaunch, W4Hopper
+from engine.cuda.w4_hopper import W4Hopper
 from engine.cuda.w4_matmul import W4Matmul
 from engine.cuda.w4_portable import W4Portable
 from engine.cuda.w4_repack import W4Repack
@@ -55,13 +55,6 @@ class Model:
 
 KV_BITS = (8, 4)
 HOPPER = (9, 0)
-HOPPER_LAUNCHES = tuple(  # the quickest at 16 to 128 rows (bench/LOG.md)
-    HopperLaunch(*launch)
-    for launch in (
-        (16, 4, 1, 3, 4, 2, 1, 4, 1), (32, 3, 1, 3, 4, 2, 1, 4, 1), (48, 2, 2, 3, 4, 2, 1, 4, 1), (64, 3, 1, 3, 4, 2, 1, 4, 1),
-        (64, 2, 2, 3, 5, 2, 1, 1, 1),
-    )
-)  # fmt: skip
 MODELS = (
     Model("Llama-3.1-8B", 4096, 14336, 32, 8, 128, 128256),
     Model("Qwen3-8B", 4096, 12288, 32, 8, 128, 151936, qk_norm=True, dtypes=("bfloat16",)),
@@ -118,8 +111,7 @@ def operations(library: Library, device: Any, model: Model, dtype: str) -> Itera
                 card = {"cc": device.cc, "multiprocessors": device.multiprocessors, "max_m": 256}
                 yield W4Matmul(library, n, k, m.group, form, dtype, **card)
         if device.cc == HOPPER and k % m.group == 0:
-            for launch in HOPPER_LAUNCHES:
-                yield W4Hopper(library, n, k, m.group, dtype, launch, multiprocessors=device.multiprocessors, max_m=256)
+            yield W4Hopper(library, n, k, m.group, "zero", dtype, multiprocessors=device.multiprocessors, max_m=256)
     yield from (W4Repack(library, m.group, form, dtype) for form in ("zero", "bias"))
 
 

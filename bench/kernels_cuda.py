@@ -181,7 +181,7 @@ class CudaBench:
         ours, copy = (dict.fromkeys(self.shapes.rows, 0.0) for _ in range(2))
         for name, n, k in self.shapes.products:
             self._product(name, n, k, ours, copy)
-        first = dense_from(self.device.cc, resident=True)
+        first = dense_from(self.device.cc, "zero", resident=True)
         for m in self.shapes.rows:
             taken = copy[m] if m >= first else ours[m]
             self.w4_layer_us[str(m)] = taken * 1e6

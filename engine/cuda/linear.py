@@ -27,7 +27,7 @@ from engine.cuda.launch import Library, Variant
 from engine.cuda.parts import SumParts
 from engine.cuda.take_columns import TakeColumns
 from engine.cuda.tuning import dense_from
-from engine.cuda.w4_layout import W4Device
+from engine.cuda.w4_layout import FORMS, W4Device
 from engine.cuda.w4_matmul import W4Matmul
 from engine.cuda.w4_portable import W4Portable
 from engine.cuda.w4_repack import W4Repack
@@ -61,7 +61,7 @@ class Linears:
     def __init__(self, library: Library, device: Any, dtype: str, max_rows: int) -> None:
         self._library, self._device, self._dtype = library, device, dtype
         self._place = {"device": device.torch_device, "dtype": DTYPES[dtype]}
-        self._most_packed = min(max_rows, max(dense_from(device.cc, resident) for resident in (True, False)))
+        self._most_packed = min(max_rows, max(dense_from(device.cc, form, resident) for form in FORMS for resident in (True, False)))
         self._all: list[Linear] = []
         self._products: dict[tuple[int, int, int, str, str], W4Matmul | W4Portable] = {}
         self._repacks: dict[tuple[int, str], W4Repack] = {}
@@ -230,7 +230,9 @@ class Linears:
         return out
 
     def _takes_packed(self, linear: Linear, rows: int) -> bool:
-        return linear.packed is not None and 0 < rows < min(dense_from(self._device.cc, linear.dense is not None), self._most_packed + 1)
+        if linear.packed is None:
+            return False
+        return 0 < rows < min(dense_from(self._device.cc, linear.packed.form, linear.dense is not None), self._most_packed + 1)
 
     def _dense(self, linear: Linear) -> torch.Tensor:
         if linear.dense is not None:

@@ -17,6 +17,7 @@ TILE_ROWS = 16  # output channels of a tile
 CHUNK = 64  # input channels of a chunk
 GROUP_SIZES = (32, 64, 128)
 ROW_BUCKETS = (1, 8, 16, 32, 64)  # rows of activations that one thread block of the product serves
+HOPPER_BUCKETS = (16, 24, 32, 48, 64, 96, 128)  # rows of activations of the rows of the table for w4_hopper
 WIDE = 8192  # output channels from which a shape is of the class "wide"
 MOST_SHARED = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227}  # KiB a thread block may have
 LEAST_SHARED = 99  # KiB, of a card not named above, cc 8.0 or newer
@@ -138,14 +139,98 @@ def w4_grid(launch: W4Launch, m: int, n: int, k: int, group: int, multiprocessor
     return W4Grid(column_blocks, splits, row_blocks, splits * m * n if splits > 1 else 0)
 
 
-def row_bucket(m: int) -> int:
+# -- the 4-bit product with wgmma --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HopperLaunch:
+    """One way to launch `engine/cuda/w4_hopper.py`; its registers must do without spills, which only the assembler knows.
+
+    rows: of x that a thread block serves, a multiple of 8; warpgroups x tiles: of 64 output channels each; x_stages, w_stages: of the
+    rings of x (2 or more) and of weights (2 to 8); ahead: steps of x on their way, in registers; parts: a wgmma takes rows / parts
+    rows, so that sums of a group take fewer registers; together: wgmmas issued at a time (of the 2 to 8 of a group); blocks: thread
+    blocks on a multiprocessor; waves: input channels are split over thread blocks until there are about so many for each
+    multiprocessor, 0: they are not split.
+    """
+
+    rows: int
+    warpgroups: int
+    tiles: int
+    x_stages: int
+    w_stages: int
+    ahead: int = 2
+    parts: int = 1
+    together: int = 1
+    blocks: int = 1
+    waves: int = 1
+
+    @property
+    def constants(self) -> tuple[int, ...]:
+        """What the kernel is compiled for."""
+        return (self.rows, self.warpgroups, self.tiles, self.x_stages, self.w_stages, self.ahead, self.parts, self.together, self.blocks)
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)
+
+    @property
+    def block_n(self) -> int:
+        """Output channels of a thread block."""
+        return 64 * self.warpgroups * self.tiles
+
+    def shared_bytes(self, group: int) -> int:
+        return HopperShared.of(self, group).total
+
+
+@dataclass(frozen=True, slots=True)
+class HopperShared:
+    """Bytes of a thread block's shared memory, from the next multiple of 1024: ring of x | rings of weights | mbarriers; at the end, in
+    their place, results [rows, block_n + 4] float32."""
+
+    x_stage: int
+    w_stage: int  # of a warp: weights, then pairs, 8 bytes a lane, group and tile
+    pairs_at: int
+    w_warp: int
+    w_at: int
+    barriers_at: int
+    total: int
+
+    @classmethod
+    def of(cls, launch: HopperLaunch, group: int) -> HopperShared:
+        step = step_channels(group)
+        x_stage = launch.rows * step * 2
+        pairs_at = launch.tiles * step // 64 * 512
+        w_stage = pairs_at + launch.tiles * (step // group) * 256
+        w_warp, w_at = w_stage * launch.w_stages, x_stage * launch.x_stages
+        barriers_at = w_at + w_warp * launch.warpgroups * 4
+        results = launch.rows * (launch.block_n + 4) * 4
+        return cls(x_stage, w_stage, pairs_at, w_warp, w_at, barriers_at, 1024 + max(barriers_at + launch.x_stages * 16, results))
+
+
+def step_channels(group: int) -> int:
+    return 128 if group == 128 else 64
+
+
+def hopper_grid(launch: HopperLaunch, m: int, n: int, k: int, group: int, multiprocessors: int) -> W4Grid:
+    """How a product of m rows is cut."""
+    row_blocks, column_blocks = -(-m // launch.rows), -(-n // launch.block_n)
+    steps = -(-k // step_channels(group))
+    room = launch.waves * multiprocessors // (row_blocks * column_blocks)
+    splits = max(1, min(room, steps // MIN_STEPS, MOST_SPLITS))
+    return W4Grid(column_blocks, splits, row_blocks, splits * m * n if splits > 1 else 0)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------------------
+
+
+def row_bucket(m: int, buckets: tuple[int, ...] = ROW_BUCKETS) -> int:
     """The smallest bucket that holds m rows, or the largest bucket."""
-    return next((rows for rows in ROW_BUCKETS if m <= rows), ROW_BUCKETS[-1])
+    return next((rows for rows in buckets if m <= rows), buckets[-1])
 
 
-def shape_class(m: int, n: int) -> str:
+def shape_class(bucket: int, n: int) -> str:
     """The class whose row a shape without a row of its own takes."""
-    return f"{row_bucket(m)} rows, {'wide' if n >= WIDE else 'narrow'}"
+    return f"{bucket} rows, {'wide' if n >= WIDE else 'narrow'}"
 
 
 # Key: (kernel, compute capability, "rows n k" of one shape or a shape class). Newest first; a date and the card at each row.
@@ -181,6 +266,35 @@ TUNED: dict[tuple[str, tuple[int, int], str], W4Launch] = {
     ("w4_matmul", (9, 0), "64 4096 14336"): W4Launch(64, 2, 8, 1, 6, 1),  # 2026-11-20, H200, 32.32 us
     ("w4_matmul", (9, 0), "64 6144 4096"): W4Launch(64, 2, 8, 1, 6, 1),  # 2026-11-20, H200, 19.45 us
     ("w4_matmul", (9, 0), "64 28672 4096"): W4Launch(64, 2, 8, 1, 6, 0),  # 2026-11-20, H200, 62.39 us
+}
+
+# Of `w4_hopper`, which runs on compute capability 9.0 alone: by "rows n k" of one shape or a shape class. Up to 128 rows the best of
+# some hundred launches; the classes as above. 2026-11-20, H200.
+_HOPPER_16, _HOPPER_24 = HopperLaunch(16, 4, 1, 3, 4, 2, 1, 4), HopperLaunch(24, 4, 1, 3, 4, 2, 1, 4)
+_HOPPER_32, _HOPPER_48 = HopperLaunch(32, 4, 1, 3, 4, 2, 1, 1), HopperLaunch(48, 2, 2, 3, 4, 2, 1, 4)
+_HOPPER_64, _HOPPER_64_SMALL = HopperLaunch(64, 2, 2, 3, 5, 2, 1, 1), HopperLaunch(64, 3, 1, 3, 6, 2, 1, 1)
+HOPPER: dict[str, HopperLaunch] = {
+    "16 rows, narrow": _HOPPER_16,
+    "16 rows, wide": _HOPPER_16,
+    "24 rows, narrow": _HOPPER_24,
+    "24 rows, wide": _HOPPER_24,
+    "32 rows, narrow": _HOPPER_32,
+    "32 rows, wide": _HOPPER_32,
+    "48 rows, narrow": HopperLaunch(48, 3, 1, 3, 4, 1, 1, 4),
+    "48 rows, wide": _HOPPER_48,
+    "64 rows, narrow": HopperLaunch(64, 3, 1, 3, 4, 2, 1, 4),
+    "64 rows, wide": _HOPPER_64,
+    "96 rows, narrow": _HOPPER_48,
+    "96 rows, wide": _HOPPER_48,
+    "128 rows, narrow": _HOPPER_64_SMALL,
+    "128 rows, wide": _HOPPER_64,
+    "24 6144 4096": HopperLaunch(24, 3, 1, 3, 4, 2, 1, 4),
+    "32 6144 4096": HopperLaunch(32, 3, 1, 3, 4, 2, 1, 4),
+    "48 4096 14336": _HOPPER_48,
+    "64 4096 4096": HopperLaunch(64, 2, 1, 4, 8, 2, 1, 1),
+    "96 6144 4096": HopperLaunch(48, 3, 1, 3, 4, 1, 1, 4),
+    "96 4096 4096": HopperLaunch(96, 2, 1, 3, 4, 1, 1, 4),
+    "128 4096 14336": _HOPPER_64,
 }
 
 # Estimates, not measured: a pipeline of about 50 to 100 KB a multiprocessor (bandwidth x latency is 25), two thread blocks
@@ -222,22 +336,40 @@ def defaults(cc: tuple[int, int]) -> dict[str, W4Launch]:
 
 def w4_launch(cc: tuple[int, int], m: int, n: int, k: int) -> W4Launch:
     """The row for m rows of activations and a weight [n, k]: of the shape, of its class, or the default of the class."""
-    kind = shape_class(m, n)
+    kind = shape_class(row_bucket(m), n)
     for key in (f"{row_bucket(m)} {n} {k}", kind):
         if ("w4_matmul", cc, key) in TUNED:
             return TUNED["w4_matmul", cc, key]
     return defaults(cc)[kind]
 
 
+def hopper_launch(m: int, n: int, k: int) -> HopperLaunch:
+    """The row for m rows of activations and a weight [n, k]: of the shape, or of its class."""
+    bucket = row_bucket(m, HOPPER_BUCKETS)
+    return HOPPER.get(f"{bucket} {n} {k}") or HOPPER[shape_class(bucket, n)]
+
+
+# From how many rows a kernel is the quickest of those that take a weight of the form; before them w4_matmul.
+HOPPER_FROM: dict[tuple[tuple[int, int], str], int] = {((9, 0), "zero"): 9}  # 2026-11-20, H200
+
+
+def w4_kernel(cc: tuple[int, int], form: str, m: int) -> str:
+    """Which kernel multiplies m rows of activations with a packed weight."""
+    return "w4_hopper" if m >= HOPPER_FROM.get((cc, form), m + 1) else "w4_matmul"
+
+
 # From how many rows a dense 16-bit product is the faster one: (with a 16-bit copy that stays, through a scratch copy).
 # Elsewhere estimates: the first from cuBLAS figures against the goals of this kernel, the second counts 4.5 bytes moved a weight.
-DENSE_FROM: dict[tuple[int, int], tuple[int, int]] = {(9, 0): (33, 129)}  # 2026-11-20, H200
+DENSE_FROM: dict[tuple[tuple[int, int], str], tuple[int, int]] = {
+    ((9, 0), "zero"): (193, 513),
+    ((9, 0), "bias"): (33, 129),  # 2026-11-20, H200
+}
 DENSE_FROM_DEFAULT = (96, 384)
 
 
-def dense_from(cc: tuple[int, int], resident: bool) -> int:
-    """Rows from which the backend should use the dense product."""
-    return DENSE_FROM.get(cc, DENSE_FROM_DEFAULT)[0 if resident else 1]
+def dense_from(cc: tuple[int, int], form: str, resident: bool) -> int:
+    """Rows from which the backend should use the dense product for a packed weight of the form."""
+    return DENSE_FROM.get((cc, form), DENSE_FROM_DEFAULT)[0 if resident else 1]
 
 
 @cache

@@ -36,99 +36,14 @@ w4_matmul.py: 79.6 / 130.8 / not measured):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-
 from engine.cuda import ptx
 from engine.cuda.launch import Kernel, Library, Variant
-from engine.cuda.target import cuda, pointer, types
-from engine.cuda.tuning import MIN_STEPS, MOST_SPLITS, W4Grid
-from engine.cuda.w4_layout import W4Device
+from engine.cuda.target import cuda, types
+from engine.cuda.tuning import HOPPER_BUCKETS, HopperLaunch, HopperShared, W4Grid, hopper_grid, hopper_launch, row_bucket, step_channels
+from engine.cuda.w4_product import W4Product, arguments, result_writer
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
-HALVES, WORDS, FLOATS = pointer(types.uint16), pointer(u32), pointer(f32)
 DESCRIPTOR = 1 << 62 | 1024 >> 4 << 32 | 1 << 16  # 128-byte swizzle, 1024 bytes from eight rows to the next
-
-
-@dataclass(frozen=True, slots=True)
-class HopperLaunch:
-    """How the kernel is launched; its registers must do without spills, which only the assembler knows.
-
-    rows: of x that a thread block serves, a multiple of 8; warpgroups x tiles: of 64 output channels each; x_stages, w_stages: of the
-    rings of x (2 or more) and of weights (2 to 8); ahead: steps of x on their way, in registers; parts: a wgmma takes rows / parts
-    rows, so that sums of a group take fewer registers; together: wgmmas issued at a time (of the 2 to 8 of a group); blocks: thread
-    blocks on a multiprocessor; waves: input channels are split over thread blocks until there are about so many for each
-    multiprocessor, 0: they are not split.
-    """
-
-    rows: int
-    warpgroups: int
-    tiles: int
-    x_stages: int
-    w_stages: int
-    ahead: int = 2
-    parts: int = 1
-    together: int = 1
-    blocks: int = 1
-    waves: int = 1
-
-    @property
-    def constants(self) -> tuple[int, ...]:
-        """What the kernel is compiled for."""
-        return (self.rows, self.warpgroups, self.tiles, self.x_stages, self.w_stages, self.ahead, self.parts, self.together, self.blocks)
-
-    @property
-    def threads(self) -> int:
-        return 128 * (self.warpgroups + 1)
-
-    @property
-    def block_n(self) -> int:
-        """Output channels of a thread block."""
-        return 64 * self.warpgroups * self.tiles
-
-    def shared_bytes(self, group: int) -> int:
-        return Shared.of(self, group).total
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """Bytes of a thread block's shared memory, from the next multiple of 1024: ring of x | rings of weights | mbarriers; at the end, in
-    their place, results [rows, block_n + 4] float32."""
-
-    x_stage: int
-    w_stage: int  # of a warp: weights, then pairs, 8 bytes a lane, group and tile
-    pairs_at: int
-    w_warp: int
-    w_at: int
-    barriers_at: int
-    total: int
-
-    @classmethod
-    def of(cls, launch: HopperLaunch, group: int) -> Shared:
-        step = step_channels(group)
-        x_stage = launch.rows * step * 2
-        pairs_at = launch.tiles * step // 64 * 512
-        w_stage = pairs_at + launch.tiles * (step // group) * 256
-        w_warp, w_at = w_stage * launch.w_stages, x_stage * launch.x_stages
-        barriers_at = w_at + w_warp * launch.warpgroups * 4
-        results = launch.rows * (launch.block_n + 4) * 4
-        return cls(x_stage, w_stage, pairs_at, w_warp, w_at, barriers_at, 1024 + max(barriers_at + launch.x_stages * 16, results))
-
-
-def step_channels(group: int) -> int:
-    return 128 if group == 128 else 64
-
-
-def hopper_grid(launch: HopperLaunch, m: int, n: int, k: int, group: int, multiprocessors: int) -> W4Grid:
-    """How a product of m rows is cut."""
-    row_blocks, column_blocks = -(-m // launch.rows), -(-n // launch.block_n)
-    steps = -(-k // step_channels(group))
-    room = launch.waves * multiprocessors // (row_blocks * column_blocks)
-    splits = max(1, min(room, steps // MIN_STEPS, MOST_SPLITS))
-    return W4Grid(column_blocks, splits, row_blocks, splits * m * n if splits > 1 else 0)
 
 
 # -- a step of a warpgroup, in PTX --------------------------------------------------------------------------------------------------
@@ -213,7 +128,7 @@ def w4_hopper(
     launch = HopperLaunch(rows, warpgroups, tiles, x_stages, w_stages, ahead, parts, together, blocks)
     if rows % 8 or not 8 <= rows <= 256 or x_stages < 2 or not 2 <= w_stages <= 8 or not 1 <= ahead <= 4 or rows % (8 * parts):
         raise ValueError(f"{launch} cannot be compiled: rows are a multiple of 8, 2 or more stages of x, 2 to 8 of weights, 1 to 4 ahead")
-    shared_map = Shared.of(launch, group)
+    shared_map = HopperShared.of(launch, group)
     x_stage, w_stage, pairs_at = shared_map.x_stage, shared_map.w_stage, shared_map.pairs_at
     w_warp, w_at, barriers_at = shared_map.w_warp, shared_map.w_at, shared_map.barriers_at
     step = step_channels(group)
@@ -224,8 +139,6 @@ def w4_hopper(
     pieces = -(-rows // 16) * chunks_of_step  # 16-byte loads of x of a producer and step
     held_x, uneven = ahead * pieces * 4, rows % 16 != 0
     ragged = group == 32  # K may end within a chunk
-    wide_out = out_dtype == "float32"
-    half, pack = ptx.HALF["float16" if wide_out else out_dtype], ptx.PACK["float16" if wide_out else out_dtype]
     block_n, pitch = launch.block_n, launch.block_n + 4
     wait_w = ptx.COPY_WAIT[w_stages - 1]
     text = step_text(rows, group, dtype, tiles, parts, together)
@@ -320,15 +233,7 @@ def w4_hopper(
             ptx.store_shared_f32(to, acc[j * results + column * 4 + e])
 
     put_all = ptx.unrolled(all_results // 4, put_fragment)
-
-    @cuda.jit(device=True, inline="always")
-    def write(value, out, parts, whole, place):  # type: ignore[no-untyped-def]
-        if not whole:
-            parts[place] = value
-        elif wide_out:
-            out[place] = value
-        else:
-            out[place] = half(value)
+    write_results = result_writer(block_n, consumers * 32, out_dtype)
 
     def kernel(x, packed, pairs, bias, out, parts, m_rows, n, k, x_stride, out_stride):  # type: ignore[no-untyped-def]
         thread = u32(cuda.threadIdx.x)
@@ -416,59 +321,19 @@ def w4_hopper(
             ptx.some_barrier(u32(1), u32(consumers * 32))
             put_all(acc, u32(shared + u32(u32(u32(warpgroup * u32(64 * tiles)) + u32(place * u32(16))) + g) * u32(4)), t)
             ptx.some_barrier(u32(1), u32(consumers * 32))
-            whole = splits == u32(1)
-            biased = ptx.address(bias) != u64(0) and split == u32(0)
-            stride = out_stride if whole else n
-            out_row = u64(u64(first_row) * u64(stride))
-            if not whole:
-                out_row = u64(u64(u32(u32(split * m_rows) + first_row)) * u64(n))
-            fours = u32(u32(n | stride) & u32(3)) == u32(0)
-            piece = thread
-            while piece < u32(live * u32(block_n // 4)):
-                m, r = u32(piece // u32(block_n // 4)), u32(u32(piece % u32(block_n // 4)) * u32(4))
-                column = u32(u32(nb * u32(block_n)) + r)
-                v = ptx.load_shared_128(u32(shared + u32(u32(m * u32(pitch)) + r) * u32(4)))
-                v0, v1, v2, v3 = ptx.float_of_bits(v[0]), ptx.float_of_bits(v[1]), ptx.float_of_bits(v[2]), ptx.float_of_bits(v[3])
-                if biased:
-                    if column < n:
-                        v0 = f32(v0 + bias[column])
-                    if u32(column + u32(1)) < n:
-                        v1 = f32(v1 + bias[u32(column + u32(1))])
-                    if u32(column + u32(2)) < n:
-                        v2 = f32(v2 + bias[u32(column + u32(2))])
-                    if u32(column + u32(3)) < n:
-                        v3 = f32(v3 + bias[u32(column + u32(3))])
-                at = u64(out_row + u64(m) * u64(stride) + u64(column))
-                if fours and column < n:
-                    if not whole or wide_out:
-                        to = u64((ptx.address(out) if whole else ptx.address(parts)) + at * u64(4))
-                        b0, b1, b2, b3 = ptx.bits_of_float(v0), ptx.bits_of_float(v1), ptx.bits_of_float(v2), ptx.bits_of_float(v3)
-                        ptx.store_128(to, b0, b1, b2, b3)
-                    else:
-                        ptx.store_64(u64(ptx.address(out) + at * u64(2)), pack(v0, v1), pack(v2, v3))
-                elif column < n:
-                    write(v0, out, parts, whole, at)
-                    if u32(column + u32(1)) < n:
-                        write(v1, out, parts, whole, u64(at + u64(1)))
-                    if u32(column + u32(2)) < n:
-                        write(v2, out, parts, whole, u64(at + u64(2)))
-                    if u32(column + u32(3)) < n:
-                        write(v3, out, parts, whole, u64(at + u64(3)))
-                piece = u32(piece + u32(consumers * 32))
+            write_results(
+                shared, thread, bias, out, parts, m_rows, n, out_stride, first_row, live, u32(nb * u32(block_n)), splits, split
+            )  # fmt: skip
 
-    arguments = (HALVES, WORDS, WORDS, FLOATS, FLOATS if wide_out else HALVES, FLOATS, u32, u32, u32, u32, u32)
-    return Kernel(kernel, arguments, launch.threads, shared_map.total, min_blocks=blocks, suffix="a", early=True)
+    return Kernel(kernel, arguments(out_dtype), launch.threads, shared_map.total, min_blocks=blocks, suffix="a", early=True)
 
 
 # -- launcher ---------------------------------------------------------------------------------------------------------------------
 
 
-class W4Hopper:
-    """out = x @ w.T + bias (engine.reference.linear). x [M, k] in `dtype`, out [M, n] in `out_dtype`, bias float32 [n]; 1 <= M <= max_m.
-
-    A call returns `out`, or, where the input channels are split, float32 parts [S, M, n] in `scratch` (float32, at least
-    `scratch_floats`): their sum is the output, and out is not written.
-    """
+class W4Hopper(W4Product):
+    """For weights of the form "zero". How it is launched comes from the tuning table, by M; `launch` is used for every M instead
+    where it is given."""
 
     def __init__(
         self,
@@ -476,48 +341,26 @@ class W4Hopper:
         n: int,
         k: int,
         group: int,
+        form: str,
         dtype: str,
-        launch: HopperLaunch,
         *,
         multiprocessors: int,
         max_m: int,
         out_dtype: str = "",
+        launch: HopperLaunch | None = None,
     ) -> None:
-        if dtype not in ("bfloat16", "float16"):
-            raise ValueError(f"a 4-bit product computes in bfloat16 or float16, not {dtype}")
-        self.n, self.k, self.group, self.dtype, self.max_m = n, k, group, dtype, max_m
-        self.out_dtype = out_dtype or dtype
-        self._library, self._multiprocessors, self._launch = library, multiprocessors, launch
-        self._variant = Variant(__name__, "w4_hopper", (group, dtype, self.out_dtype, *launch.constants))
-        self.variants = (self._variant,)
-        self.scratch_floats = max(self._grid(m).part_floats for m in {*range(launch.rows, max_m, launch.rows), max_m})
-        self._ready: dict[int, tuple[Any, W4Grid]] = {}
+        super().__init__(library, n, k, group, form, dtype, out_dtype, max_m)
+        if form != "zero":
+            raise ValueError(f"this product takes pairs of the form zero, not {form}; w4_matmul takes both")
+        self._multiprocessors = multiprocessors
+        buckets = [rows for rows in HOPPER_BUCKETS if rows <= row_bucket(max_m, HOPPER_BUCKETS)]
+        self._launches = {rows: launch or hopper_launch(rows, n, k) for rows in buckets}
+        self.variants = tuple(dict.fromkeys(self._variant(chosen) for chosen in self._launches.values()))
+        self.scratch_floats = max(self.launch(m)[1].part_floats for m in range(1, max_m + 1))
 
-    def _grid(self, m: int) -> W4Grid:
-        return hopper_grid(self._launch, m, self.n, self.k, self.group, self._multiprocessors)
+    def _variant(self, launch: HopperLaunch) -> Variant:
+        return Variant(__name__, "w4_hopper", (self.group, self.dtype, self.out_dtype, *launch.constants))
 
-    def __call__(
-        self, x: torch.Tensor, weight: W4Device, out: torch.Tensor, scratch: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        m = x.shape[0]
-        if m not in self._ready:
-            if not 1 <= m <= self.max_m:
-                raise ValueError(f"this product was made for 1 to {self.max_m} rows, {m} were given")
-            self._ready[m] = self._library[self._variant], self._grid(m)
-        launcher, grid = self._ready[m]
-        self._check(x, weight, out, scratch, bias)
-        launcher(grid.grid, x, weight.packed, weight.pairs, bias, out, scratch, m, self.n, self.k, x.stride(0), out.stride(0))
-        return out if grid.splits == 1 else scratch[: grid.part_floats].view(grid.splits, m, self.n)
-
-    def _check(self, x: torch.Tensor, weight: W4Device, out: torch.Tensor, scratch: torch.Tensor, bias: torch.Tensor | None) -> None:
-        made = (weight.n, weight.k, weight.group, weight.form, weight.dtype)
-        if made != (self.n, self.k, self.group, "zero", self.dtype):
-            raise ValueError(f"a weight {made} does not fit a product made for {(self.n, self.k, self.group, 'zero', self.dtype)}")
-        if x.shape[1] != self.k or x.dtype != DTYPES[self.dtype] or x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-            raise ValueError(f"x must be {self.dtype} [M, {self.k}], rows 16 bytes aligned; it is {x.dtype} {tuple(x.shape)} {x.stride()}")
-        if out.shape != (len(x), self.n) or out.dtype != DTYPES[self.out_dtype] or out.stride(1) != 1:
-            raise ValueError(f"out must be {self.out_dtype} [{len(x)}, {self.n}], rows in one piece; it is {out.dtype} {tuple(out.shape)}")
-        if scratch.numel() < self.scratch_floats or scratch.dtype != torch.float32:
-            raise ValueError(f"this product needs {self.scratch_floats} floats of scratch; {scratch.numel()} {scratch.dtype} were given")
-        if bias is not None and (bias.shape != (self.n,) or bias.dtype != torch.float32):
-            raise ValueError(f"bias must be float32 [{self.n}]; it is {bias.dtype} {tuple(bias.shape)}")
+    def launch(self, m: int) -> tuple[Variant, W4Grid]:
+        chosen = self._launches[row_bucket(m, HOPPER_BUCKETS)]
+        return self._variant(chosen), hopper_grid(chosen, m, self.n, self.k, self.group, self._multiprocessors)

@@ -47,19 +47,13 @@ then instructions of the PTX, a warp and chunk, counted by the emulator (at 4.37
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
 from engine.cuda import ptx
 from engine.cuda.launch import Kernel, Library, Variant
-from engine.cuda.target import cuda, pointer, types
+from engine.cuda.target import cuda, types
 from engine.cuda.tuning import ROW_BUCKETS, W4Grid, W4Launch, W4Shared, row_bucket, steps_of_span, sum_spans, w4_grid, w4_launch
-from engine.cuda.w4_layout import FORMS, W4Device
+from engine.cuda.w4_product import W4Product, arguments, result_writer
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
-HALVES, WORDS, FLOATS = pointer(types.uint16), pointer(u32), pointer(f32)
 
 
 # -- kernel -----------------------------------------------------------------------------------------------------------------------
@@ -94,7 +88,7 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
     fragments = tiles * columns
     results, scales, weight_registers, x_registers = fragments * 4, tiles * groups_of_unit * 4, tiles * depth * 16, depth * 8
     ragged, few, whole_columns = group == 32, rows <= 8, rows >= 8
-    bf16, zero_form, wide_out = dtype == "bfloat16", form == "zero", out_dtype == "float32"
+    bf16, zero_form = dtype == "bfloat16", form == "zero"
     if copy_lanes > 32 or stages < 3 or stages > 10:
         raise ValueError(f"{launch} cannot be compiled: at most 8 groups a warp and step, 3 to 10 stages")
 
@@ -103,7 +97,6 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
     factor_low, factor_high = f32(1.0 if bf16 else 2.0**24), f32(1.0 if bf16 else 2.0**20)
     ones = u32(0x3F803F80 if bf16 else 0x3C003C00)
     mma, low, high = ptx.MMA[dtype], ptx.low_f16, ptx.high_f16
-    half, pack = ptx.HALF["float16" if wide_out else out_dtype], ptx.PACK["float16" if wide_out else out_dtype]
     wait = ptx.COPY_WAIT[stages - 3]
 
     def unpack_chunk(index, a, at):  # type: ignore[no-untyped-def]
@@ -184,15 +177,6 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
             if stores:
                 ptx.store_shared_64(u32(to + u32(s * columns * 32)), ptx.bits_of_float(d0), ptx.bits_of_float(d1))
 
-    @cuda.jit(device=True, inline="always")
-    def write(value, out, parts, whole, place):  # type: ignore[no-untyped-def]
-        if not whole:
-            parts[place] = value
-        elif wide_out:
-            out[place] = value
-        else:
-            out[place] = half(value)
-
     def put_fragment(index, acc, at, g, t):  # type: ignore[no-untyped-def]
         """A C fragment to shared memory, [row of x][output channel]: no two lanes of a store in one bank."""
         column, j = i32(index // tiles), i32(index % tiles)
@@ -204,6 +188,7 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
 
     unpack, multiply = ptx.unrolled(tiles * depth, unpack_chunk), ptx.unrolled(fragments, multiply_fragment)
     put_all = ptx.unrolled(fragments, put_fragment)
+    write_results = result_writer(block_n, threads, out_dtype, warps_k, rows)
 
     def kernel(x, packed, pairs, bias, out, parts, m_rows, n, k, x_stride, out_stride):  # type: ignore[no-untyped-def]
         thread = u32(cuda.threadIdx.x)
@@ -337,68 +322,20 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
         from_ = u32(shared + u32(u32(wk * u32(rows * pitch)) + u32(wn * u32(tiles * 16))) * u32(4))
         put_all(acc, from_, g, t)
         cuda.syncthreads()
-        whole = splits == u32(1)
-        biased = ptx.address(bias) != u64(0) and split == u32(0)
-        stride = out_stride if whole else n
-        out_row = u64(u64(first_row) * u64(stride))
-        if not whole:
-            out_row = u64(u64(u32(u32(split * m_rows) + first_row)) * u64(n))
-        fours = u32(u32(n | stride) & u32(3)) == u32(0)
-        m = warp
-        while m < live:
-            r = u32(lane * u32(4))
-            while r < u32(block_n):
-                column = u32(u32(nb * u32(block_n)) + r)
-                v0, v1, v2, v3 = zero, zero, zero, zero
-                at = u32(shared + u32(u32(u32(m * u32(pitch)) + r) * u32(4)))
-                for w in range(warps_k):
-                    v = ptx.load_shared_128(u32(at + u32(w * rows * pitch * 4)))
-                    v0, v1 = f32(v0 + ptx.float_of_bits(v[0])), f32(v1 + ptx.float_of_bits(v[1]))
-                    v2, v3 = f32(v2 + ptx.float_of_bits(v[2])), f32(v3 + ptx.float_of_bits(v[3]))
-                if biased:
-                    if column < n:
-                        v0 = f32(v0 + bias[column])
-                    if u32(column + u32(1)) < n:
-                        v1 = f32(v1 + bias[u32(column + u32(1))])
-                    if u32(column + u32(2)) < n:
-                        v2 = f32(v2 + bias[u32(column + u32(2))])
-                    if u32(column + u32(3)) < n:
-                        v3 = f32(v3 + bias[u32(column + u32(3))])
-                place = u64(out_row + u64(m) * u64(stride) + u64(column))
-                if fours and column < n:
-                    if not whole or wide_out:
-                        to = u64((ptx.address(out) if whole else ptx.address(parts)) + place * u64(4))
-                        b0, b1, b2, b3 = ptx.bits_of_float(v0), ptx.bits_of_float(v1), ptx.bits_of_float(v2), ptx.bits_of_float(v3)
-                        ptx.store_128(to, b0, b1, b2, b3)
-                    else:
-                        ptx.store_64(u64(ptx.address(out) + place * u64(2)), pack(v0, v1), pack(v2, v3))
-                elif column < n:
-                    write(v0, out, parts, whole, place)
-                    if u32(column + u32(1)) < n:
-                        write(v1, out, parts, whole, u64(place + u64(1)))
-                    if u32(column + u32(2)) < n:
-                        write(v2, out, parts, whole, u64(place + u64(2)))
-                    if u32(column + u32(3)) < n:
-                        write(v3, out, parts, whole, u64(place + u64(3)))
-                r = u32(r + u32(128))
-            m = u32(m + u32(warps))
+        write_results(
+            shared, thread, bias, out, parts, m_rows, n, out_stride, first_row, live, u32(nb * u32(block_n)), splits, split
+        )  # fmt: skip
 
-    arguments = (HALVES, WORDS, WORDS, FLOATS, FLOATS if wide_out else HALVES, FLOATS, u32, u32, u32, u32, u32)
     # registers for so many threads at a time: 80 each where 768, 128 where 512, all 255 where 256
     resident = 256 if rows > 16 or tiles > 2 else 768 if rows == 1 else 512
-    return Kernel(kernel, arguments, threads, shared_map.total, min_blocks=max(1, resident // threads), early=True)
+    return Kernel(kernel, arguments(out_dtype), threads, shared_map.total, min_blocks=max(1, resident // threads), early=True)
 
 
 # -- launcher ---------------------------------------------------------------------------------------------------------------------
 
 
-class W4Matmul:
-    """out = x @ w.T + bias (engine.reference.linear). x [M, k] in `dtype`, out [M, n] in `out_dtype`, bias float32 [n]; 1 <= M <= max_m.
-
-    How it is launched comes from the tuning table, by M; `launch` is used for every M instead where it is given. A call returns
-    `out`, or, where the input channels are split, float32 parts [S, M, n] in `scratch` (float32, at least `scratch_floats`): their
-    sum is the output, and out is not written.
-    """
+class W4Matmul(W4Product):
+    """How it is launched comes from the tuning table, by M; `launch` is used for every M instead where it is given."""
 
     def __init__(
         self,
@@ -415,50 +352,17 @@ class W4Matmul:
         out_dtype: str = "",
         launch: W4Launch | None = None,
     ) -> None:
-        if form not in FORMS or dtype not in ("bfloat16", "float16"):
-            raise ValueError(f"a 4-bit product computes in bfloat16 or float16 with pairs of the form zero or bias, not {dtype}, {form}")
-        self.n, self.k, self.group, self.form, self.dtype, self.max_m = n, k, group, form, dtype, max_m
-        self.out_dtype = out_dtype or dtype
-        self._library, self._multiprocessors = library, multiprocessors
+        super().__init__(library, n, k, group, form, dtype, out_dtype, max_m)
+        self._multiprocessors = multiprocessors
         buckets = [rows for rows in ROW_BUCKETS if rows <= row_bucket(max_m)]
         self._launches = {rows: launch or w4_launch(cc, rows, n, k) for rows in buckets}
-        self._variants = {rows: self._variant(chosen) for rows, chosen in self._launches.items()}
-        self.variants = tuple(dict.fromkeys(self._variants.values()))
-        grids = [self._grid(m) for m in {*buckets, *range(ROW_BUCKETS[-1], max_m, ROW_BUCKETS[-1]), max_m}]
+        self.variants = tuple(dict.fromkeys(self._variant(chosen) for chosen in self._launches.values()))
+        grids = [self.launch(m)[1] for m in {*buckets, *range(ROW_BUCKETS[-1], max_m, ROW_BUCKETS[-1]), max_m}]
         self.scratch_floats = max(grid.part_floats for grid in grids)
-        self._ready: dict[int, tuple[Any, W4Grid]] = {}
 
     def _variant(self, launch: W4Launch) -> Variant:
         return Variant(__name__, "w4_matmul", (self.group, self.form, self.dtype, self.out_dtype, *launch.constants))
 
-    def _grid(self, m: int) -> W4Grid:
-        return w4_grid(self._launches[row_bucket(m)], m, self.n, self.k, self.group, self._multiprocessors)
-
-    def __call__(
-        self, x: torch.Tensor, weight: W4Device, out: torch.Tensor, scratch: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        m = x.shape[0]
-        if m not in self._ready:
-            self._ready[m] = self._prepare(m)
-        launcher, grid = self._ready[m]
-        self._check(x, weight, out, scratch, bias)
-        launcher(grid.grid, x, weight.packed, weight.pairs, bias, out, scratch, m, self.n, self.k, x.stride(0), out.stride(0))
-        return out if grid.splits == 1 else scratch[: grid.part_floats].view(grid.splits, m, self.n)
-
-    def _prepare(self, m: int) -> tuple[Any, W4Grid]:
-        if not 1 <= m <= self.max_m:
-            raise ValueError(f"this product was made for 1 to {self.max_m} rows, {m} were given")
-        return self._library[self._variants[row_bucket(m)]], self._grid(m)
-
-    def _check(self, x: torch.Tensor, weight: W4Device, out: torch.Tensor, scratch: torch.Tensor, bias: torch.Tensor | None) -> None:
-        made = (weight.n, weight.k, weight.group, weight.form, weight.dtype)
-        if made != (self.n, self.k, self.group, self.form, self.dtype):
-            raise ValueError(f"a weight {made} does not fit a product made for {(self.n, self.k, self.group, self.form, self.dtype)}")
-        if x.shape[1] != self.k or x.dtype != DTYPES[self.dtype] or x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-            raise ValueError(f"x must be {self.dtype} [M, {self.k}], rows 16 bytes aligned; it is {x.dtype} {tuple(x.shape)} {x.stride()}")
-        if out.shape != (len(x), self.n) or out.dtype != DTYPES[self.out_dtype] or out.stride(1) != 1 or out.data_ptr() % 16:
-            raise ValueError(f"out must be {self.out_dtype} [{len(x)}, {self.n}], 16 bytes aligned; it is {out.dtype} {tuple(out.shape)}")
-        if scratch.numel() < self.scratch_floats or scratch.dtype != torch.float32:
-            raise ValueError(f"this product needs {self.scratch_floats} floats of scratch; {scratch.numel()} {scratch.dtype} were given")
-        if bias is not None and (bias.shape != (self.n,) or bias.dtype != torch.float32):
-            raise ValueError(f"bias must be float32 [{self.n}]; it is {bias.dtype} {tuple(bias.shape)}")
+    def launch(self, m: int) -> tuple[Variant, W4Grid]:
+        chosen = self._launches[row_bucket(m)]
+        return self._variant(chosen), w4_grid(chosen, m, self.n, self.k, self.group, self._multiprocessors)

@@ -107,7 +107,7 @@ def test_preemption_changes_no_id(tmp_path: Path, root: Path) -> None:
 @pytest.fixture
 def dense_from_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt parts of 8 rows (16 without a dense copy) already take the dense product."""
-    monkeypatch.setitem(tuning.DENSE_FROM, (9, 0), (8, 16))
+    monkeypatch.setitem(tuning.DENSE_FROM, ((9, 0), "zero"), (8, 16))
 
 
 MIXED = {  # q, k and v become dense; the output head stays 4-bit

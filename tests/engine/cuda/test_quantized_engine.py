@@ -28,7 +28,7 @@ FORMS = {"GPTQ v1 act-order": MARGIN, "W8A8": 2 * MARGIN, "FP8 blocks": 6 * MARG
 
 @pytest.mark.parametrize("form", FORMS)
 def test_ids_are_those_of_the_dense_twin(form: str, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tuning.DENSE_FROM, (9, 0), (8, 16))
+    monkeypatch.setitem(tuning.DENSE_FROM, ((9, 0), "zero"), (8, 16))
     hidden = 256 if form == "FP8 blocks" else 128
     model, twin = quantized_checkpoint(tmp_path, form, "qwen2", hidden=hidden, heads=4, kv_heads=2)
     config = config_of(model, root, engine={"w4_dense_copy": "false"})

@@ -5,7 +5,8 @@ import torch
 
 from engine import w4
 from engine.cuda.launch import Library, Variant, assemble, to_ptx
-from engine.cuda.w4_hopper import HopperLaunch, W4Hopper, hopper_grid
+from engine.cuda.tuning import HopperLaunch, hopper_grid
+from engine.cuda.w4_hopper import W4Hopper
 from engine.cuda.w4_layout import W4Device
 from tests.engine.cuda.test_w4 import DTYPES, NAN, error, packed, random_w4, tensor
 from tests.ptx.device import KERNELS, EmulatedDevice
@@ -32,7 +33,9 @@ class Product:
     def __init__(self, library, weight, m, launch, *, dtype="bfloat16", out_dtype="float32", multiprocessors=4, bias=True):
         torch.manual_seed(0)
         n, k, group = weight.out_features, weight.in_features, weight.group_size
-        self.op = W4Hopper(library, n, k, group, dtype, launch, multiprocessors=multiprocessors, max_m=m, out_dtype=out_dtype)
+        self.op = W4Hopper(
+            library, n, k, group, "zero", dtype, multiprocessors=multiprocessors, max_m=m, out_dtype=out_dtype, launch=launch
+        )
         self.weight = packed(library, weight, "zero", dtype)
         self.x = torch.randn(m, k).to(DTYPES[dtype])
         self.out = torch.full((m + 2, n), NAN, dtype=DTYPES[out_dtype])
@@ -93,7 +96,7 @@ def test_results_are_rounded_once(library):
 def test_rows_that_are_not_there_do_not_matter(library):
     """x ends with its last row: what lies behind it, here NaN, is not read into any result."""
     weight = random_w4(64, 256, 128)
-    op = W4Hopper(library, 64, 256, 128, "bfloat16", SMALL["plain"], multiprocessors=1, max_m=7)
+    op = W4Hopper(library, 64, 256, 128, "zero", "bfloat16", multiprocessors=1, max_m=7, launch=SMALL["plain"])
     x = torch.full((32, 256), NAN, dtype=torch.bfloat16)
     x[:7] = torch.randn(7, 256)
     out = torch.full((7, 64), NAN, dtype=torch.bfloat16)
@@ -128,7 +131,7 @@ def test_no_bank_conflicts_and_whole_sectors(library, launch):
 
 def test_operands_that_do_not_fit_are_refused(library):
     weight = packed(library, random_w4(64, 128, 128))
-    op = W4Hopper(library, 64, 128, 128, "bfloat16", SMALL["plain"], multiprocessors=1, max_m=3)
+    op = W4Hopper(library, 64, 128, 128, "zero", "bfloat16", multiprocessors=1, max_m=3, launch=SMALL["plain"])
     x, out, scratch = torch.zeros(3, 128, dtype=torch.bfloat16), torch.zeros(3, 64, dtype=torch.bfloat16), torch.empty(1)
     with pytest.raises(ValueError, match="1 to 3 rows, 4 were given"):
         op(torch.zeros(4, 128, dtype=torch.bfloat16), weight, out, scratch)

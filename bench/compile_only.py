@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from engine.cuda.all_reduce import OneShotSum
+from engine.cuda.all_reduce import TURNS, Peers, SummedNorm
 from engine.cuda.attention_portable import PortableAttention
 from engine.cuda.ceilings import SHAPES, Nothing, Read
 from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
@@ -54,6 +54,7 @@ class Model:
 
 
 KV_BITS = (8, 4)
+SUMMED = ((4096, 2), (8192, 2), (8192, 4), (8192, 8), (16384, 8), (576, 3))  # hidden size, ranks
 HOPPER = (9, 0)
 MODELS = (
     Model("Llama-3.1-8B", 4096, 14336, 32, 8, 128, 128256),
@@ -127,7 +128,8 @@ def variants(sm: int, models: Sequence[Model] = MODELS) -> list[Variant]:
             for dtype in dtypes:
                 plain += operations(library, device, model, dtype)
         if device.cc >= OLDEST_MMA:
-            plain += [OneShotSum(library, 0, 8, dtype, 1, None) for dtype in (torch.bfloat16, torch.float16)]  # type: ignore[arg-type]
+            none = Peers(torch.zeros(TURNS, 1, 1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+            plain += [SummedNorm(library, hidden, "bfloat16", 0, size, none, device.multiprocessors) for hidden, size in SUMMED]
         for operation in plain:
             found |= dict.fromkeys(operation.variants)
     return list(found)

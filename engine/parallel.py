@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from engine.errors import DeviceError
+
+
+@dataclass(frozen=True, slots=True)
+class Unsummed:
+    """This rank's part of a sum over ranks that the operation which reads it takes."""
+
+    x: Any
 
 
 class Ranks:
@@ -21,7 +30,7 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, private_dir: str = "", timeout_s: float = 60.0, cuda: bool = False) -> None:
         self.rank = rank
         self.size = size
-        self.one_shot: Any = None  # a quicker sum of small tensors, where the cards have one (engine/cuda/all_reduce.py)
+        self.defers: Callable[[Any], bool] | None = None  # whose sum is left to what reads it (engine/cuda/all_reduce.py)
         if size > 1:
             self._join(private_dir, timeout_s, cuda)
 
@@ -43,10 +52,11 @@ class Ranks:
         self.group = dist.group.WORLD
 
     def all_reduce(self, x: Any) -> Any:
-        """Sum a torch tensor or numpy array over ranks, in place; every rank gets bit-identical results."""
-        if self.one_shot is not None and self.one_shot.takes(x):
-            self.one_shot(x)
-        elif self.size > 1:
+        """Sum a torch tensor or numpy array over ranks, in place; every rank gets bit-identical results. `Unsummed` where the
+        backend's next operation does it."""
+        if self.defers is not None and self.defers(x):
+            return Unsummed(x)
+        if self.size > 1:
             import torch
 
             self._dist.all_reduce(torch.from_numpy(x) if isinstance(x, np.ndarray) else x)

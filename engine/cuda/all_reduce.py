@@ -1,145 +1,291 @@
-"""The sum of a small tensor over the cards of a machine, in one launch a card: `Ranks.all_reduce` for steps of few rows.
+"""residual += the sum of x over the cards, out = rms_norm(residual): in one launch a card, for steps of few rows.
 
-Every card can read the others' memory. Each copies its part into a buffer that the others see, tells them, waits until all
-have told, reads all parts and adds them up in float32 in the order of the ranks: the same bits on every card.
+Every card can write to the others' memory. Each adds up its parts of a product in float32, stores the sum into a slot of its own on
+every other card, waits until all slots of its own memory are full, and adds them in the order of the ranks: the same bits on every
+card. Then it does what `elementwise.AddRmsNorm` does.
 
-    slot of a rank    [2 phases, elements] 16-bit          its part of this sum and of the one before
-    signals           uint32 [thread blocks, size]         signals[b][r]: the last epoch for which rank r's thread block b is ready
-    epochs            uint32 [thread blocks]               the rank's own: how many sums its thread block b has done
+    slots of a card    uint32 [3 turns, size, room, hidden]    slots[t][r][row]: the sum of rank r, float32; EMPTY until it is there
+    turns              uint32 [room]                           a card's own: which of the three turns the next sum of a row takes
 
-Thread block b of every card works on the same elements and waits only for its namesakes. Two phases are enough: a card that
-is one sum ahead has seen all others enter the last one, so they have left the one before it. The epoch lies in memory, and
-not in an argument, so that a captured graph can be replayed.
+A number says by itself that it has arrived (EMPTY is a NaN that no sender writes): no flag follows the data, so nothing has to be
+ordered, and a sum costs one way over the link. Turns: a card that is in sum e has seen every other card enter it, so all have left
+sum e - 1, whose slots it empties; they are used again in sum e + 2, and nobody gets there before this card has left e. Turns lie in
+memory, and not in an argument, so that a captured graph can be replayed; each row has its own, so that sums may differ in rows.
 
-A ring (NCCL) moves 2 (size - 1) / size of the bytes in 2 (size - 1) steps of latency; this moves size - 1 of them in one, which
-wins while the message is small. Versions tried: none measured yet.
+    grid      (rows, blocks): the thread blocks of a row share the adding of its parts; the first receives and normalises
+    thread    4 numbers ("unit") at a time, threads apart
+
+All thread blocks of a grid fit on the card at once, for they wait for the other card's. There is no limit to the wait: who ends it
+when a rank is gone is the process that started the ranks. A ring (NCCL) takes several steps of latency; it stays for larger sums.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from engine.cuda import ptx
+from engine.cuda.elementwise import MAX_HIDDEN, block_adder, check_rows
 from engine.cuda.launch import Kernel, Library, Variant
+from engine.cuda.parts import DTYPES, PACK, check_parts, part_adder, part_arguments
 from engine.cuda.target import cuda, pointer, types
 from engine.parallel import Ranks
 
 log = logging.getLogger("numbatch.engine")
-THREADS = 256
-BLOCKS = 32  # enough to fill the links with MAX_BYTES (an estimate until it is measured)
-VECTOR = 8  # elements in 16 bytes
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-MAX_BYTES = 512 * 1024  # of one part; larger sums go to NCCL (an estimate until it is measured)
-u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
+UNIT = 4  # numbers of 16 bytes
+TOGETHER = 4  # units that a thread waits for at a time
+TURNS = 3
+EMPTY = 0xFFFFFFFF  # no number yet
+NO_NUMBER = 0x7FFFFFFF  # what is sent in its place: the NaN that sums give anyway
+MAX_SENT = 4 << 20  # bytes that a card sends to the others in one sum; larger ones go to NCCL (an estimate)
+FEW_ROWS, FEW_ROWS_BLOCKS = 4, 4  # thread blocks of a row while there are few rows (estimates)
+i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
+WORDS, FLOATS, ADDRESSES = pointer(u32), pointer(f32), pointer(u64)
 
 
-def all_reduce(size: int, dtype: str, grid_ranks: bool = False) -> Kernel:
-    """(x, parts, signals, epochs, rank, vectors, stride, out). `grid_ranks`: the rank is blockIdx.y, and behind rank 0's x,
-    epochs and out lie those of the others, so that one launch can play all cards (in tests)."""
-    low, high, pack = ptx.LOW[dtype], ptx.HIGH[dtype], ptx.PACK[dtype]
-    load, load_peer, store, address = ptx.load_128, ptx.load_128, ptx.store_128, ptx.address
-    release, acquire, load_32, store_32 = ptx.store_release_system, ptx.load_acquire_system, ptx.load_32, ptx.store_32
+def summed_norm(hidden: int, dtype: str, size: int, add: str, blocks: int, threads: int, grid_ranks: bool = False) -> Kernel:
+    """(x, parts, bytes of one, residual, weight, out, eps, slots, turns, rank, room); add "parts": x float32 [parts, T, hidden], "rows":
+    of the computing dtype, one part. `grid_ranks`: the rank is blockIdx.z, and behind rank 0's x, residual, out and turns lie those of
+    the others, so that one launch can play all cards (in tests)."""
+    pack, low, high = PACK[dtype], ptx.LOW[dtype], ptx.HIGH[dtype]
+    send, receive, bits = ptx.store_relaxed_system_128, ptx.load_relaxed_system_128, ptx.bits_of_float
+    units = hidden // UNIT
+    share = -(-units // blocks)  # units that a thread block adds up
+    rounds, share_rounds = -(-units // threads), -(-share // threads)  # units of a thread
+    numbers, row_bytes, parted, zero = UNIT * rounds, 4 * hidden, add == "parts", f32(0.0)
+    own_numbers, held, inverse = UNIT * share_rounds, UNIT * TOGETHER, f32(1.0 / hidden)
+    weights_first = rounds <= 2  # they wait in registers
+    add_parts, add_up = part_adder(UNIT), block_adder(threads)
 
-    def kernel(x, parts, signals, epochs, rank, vectors, stride, out):  # type: ignore[no-untyped-def]
-        total = cuda.local.array(VECTOR, f32)
-        thread, block, blocks = i32(cuda.threadIdx.x), i32(cuda.blockIdx.x), i32(cuda.gridDim.x)
+    @cuda.jit(device=True, inline="always")
+    def sendable(value: Any) -> Any:
+        word = bits(value)
+        return u32(NO_NUMBER) if word == u32(EMPTY) else word
+
+    @cuda.jit(device=True, inline="always")
+    def own_sum(x: Any, at: Any, count: Any, stride: Any, values: Any, first: Any) -> None:
+        """Of unit `at` of the row at address x."""
+        if parted:
+            add_parts(values, first, x + u64(u32(at) * u32(16)), count, stride)
+        else:
+            a, b = ptx.load_64(x + u64(u32(at) * u32(8)))
+            values[first], values[first + 1], values[first + 2], values[first + 3] = low(a), high(a), low(b), high(b)
+
+    @cuda.jit(device=True, inline="always")
+    def slot(turn: Any, rank: Any, row: Any, room: Any) -> Any:
+        """Bytes before it."""
+        return u64(u32(u32(turn * u32(size) + u32(rank)) * u32(room)) + u32(row)) * u64(row_bytes)
+
+    @cuda.jit(device=True, inline="always")
+    def load_row(at_row: Any, values: Any) -> None:
+        """float32 numbers of a row, 0 beyond it."""
+        thread = i32(cuda.threadIdx.x)
+        for i in range(rounds):
+            at = thread + i32(i * threads)
+            if at < i32(units):
+                w = ptx.load_128(at_row + u64(u32(at) * u32(16)))
+                for e in range(UNIT):
+                    values[UNIT * i + e] = ptx.float_of_bits(w[e])
+            else:
+                for e in range(UNIT):
+                    values[UNIT * i + e] = zero
+
+    def slots_adder(first: int) -> Callable[..., None]:
+        """Of TOGETHER of the pairs (unit i of a thread, rank r) = (pair // size, pair % size), from `first` on, and those behind them."""
+        last = min(first + TOGETHER, size * rounds)
+        others = slots_adder(last) if last < size * rounds else None
+
+        @cuda.jit(device=True, inline="always")
+        def add_slots(values: Any, own: Any, mine: Any, turn: Any, rank: Any, row: Any, room: Any) -> None:
+            """values += what all ranks sent, once it is there; `own` in the place of what this one would have sent to itself."""
+            thread = i32(cuda.threadIdx.x)
+            words = cuda.local.array(held, u32)
+            missing = u32(1)
+            while missing != u32(0):
+                missing = u32(0)
+                for p in range(last - first):
+                    i, r = (first + p) // size, (first + p) % size
+                    at = thread + i32(i * threads)
+                    if at < i32(units) and (blocks > 1 or i32(r) != rank):
+                        w = receive(mine + slot(turn, r, row, room) + u64(u32(at) * u32(16)))
+                        for e in range(UNIT):
+                            words[UNIT * p + e] = w[e]
+                            missing |= u32(1) if w[e] == u32(EMPTY) else u32(0)
+                    elif blocks == 1:
+                        for e in range(UNIT):
+                            words[UNIT * p + e] = bits(own[UNIT * i + e])
+                    else:
+                        for e in range(UNIT):
+                            words[UNIT * p + e] = u32(0)
+            for p in range(last - first):
+                for e in range(UNIT):
+                    values[UNIT * ((first + p) // size) + e] += ptx.float_of_bits(words[UNIT * p + e])
+            if others is not None:
+                others(values, own, mine, turn, rank, row, room)
+
+        return add_slots
+
+    @cuda.jit(device=True, inline="always")
+    def store_normed(values: Any, weights: Any, stream: Any, out: Any, eps: Any, partial: Any) -> None:
+        thread = i32(cuda.threadIdx.x)
+        total = zero
+        for i in range(numbers):
+            total += values[i] * values[i]
+        scale = ptx.rsqrt(add_up(total, partial) * inverse + eps)
+        for i in range(rounds):
+            at, n = thread + i32(i * threads), UNIT * i
+            if at < i32(units):
+                to = stream + u64(u32(at) * u32(16))
+                ptx.store_128(to, bits(values[n]), bits(values[n + 1]), bits(values[n + 2]), bits(values[n + 3]))
+                a = pack(values[n] * scale * weights[n], values[n + 1] * scale * weights[n + 1])
+                b = pack(values[n + 2] * scale * weights[n + 2], values[n + 3] * scale * weights[n + 3])
+                ptx.store_64(out + u64(u32(at) * u32(8)), a, b)
+
+    add_slots = slots_adder(0)
+
+    def kernel(x, count, stride, residual, weight, out, eps, slots, turns, rank, room):  # type: ignore[no-untyped-def]
+        ptx.next_may_begin()
+        values, weights = cuda.local.array(numbers, f32), cuda.local.array(numbers, f32)
+        own = cuda.local.array(own_numbers, f32)
+        partial = cuda.shared.array(32, f32)
+        thread, row, block, rows = i32(cuda.threadIdx.x), i32(cuda.blockIdx.x), i32(cuda.blockIdx.y), i32(cuda.gridDim.x)
         if grid_ranks:
-            rank = i32(cuda.blockIdx.y)
-        ahead = u64(rank) if grid_ranks else u64(0)
-        source = address(x) + ahead * u64(vectors) * u64(16)
-        target = address(out) + ahead * u64(vectors) * u64(16)
-        counter = address(epochs) + (ahead * u64(blocks) + u64(block)) * u64(4)
-        epoch = u32(load_32(counter) + u32(1))
-        phase = u64(epoch & u32(1)) * u64(stride) * u64(16)
-        own = parts[rank] + phase
-        first, step = i32(block * i32(THREADS) + thread), i32(blocks * i32(THREADS))
+            rank = i32(cuda.blockIdx.z)
+        ahead = u64(rank) * u64(rows) if grid_ranks else u64(0)  # rows of other ranks before this one's
+        stream = ptx.address(residual) + (ahead + u64(row)) * u64(row_bytes)
+        target = ptx.address(out) + (ahead + u64(row)) * u64(row_bytes // 2)
+        place = ptx.address(turns) + u64(u32(rank * room if grid_ranks else 0) + u32(row)) * u64(4)
+        if parted:
+            source = ptx.address(x) + ahead * u64(count) * u64(row_bytes) + u64(row) * u64(row_bytes)
+        else:
+            source = ptx.address(x) + (ahead + u64(row)) * u64(row_bytes // 2)
+        mine = slots[rank]
+        if weights_first and block == 0:
+            load_row(ptx.address(weight), weights)
+        ptx.after_previous()
+        turn = u32(ptx.load_32(place))
+        stale = turn + u32(2) if turn == u32(0) else turn - u32(1)
+        if block == 0:
+            load_row(stream, values)
 
-        at = first
-        while at < vectors:
-            v = load(source + u64(at) * u64(16))
-            store(own + u64(at) * u64(16), v[0], v[1], v[2], v[3])
-            at = i32(at + step)
-        cuda.syncthreads()
-        if thread < i32(size):
-            release(signals[thread] + u64(i32(block * i32(size) + rank)) * u64(4), epoch)
-            mine = signals[rank] + u64(i32(block * i32(size) + thread)) * u64(4)
-            while acquire(mine) < epoch:
-                pass
-        cuda.syncthreads()
-        if thread == 0:
-            store_32(counter, epoch)
+        for i in range(share_rounds):
+            inner = thread + i32(i * threads)
+            at = block * i32(share) + inner
+            if inner < i32(share) and at < i32(units):
+                own_sum(source, at, count, stride, own, UNIT * i)
+                n = UNIT * i
+                to = slot(turn, rank, row, room) + u64(u32(at) * u32(16))
+                for r in range(size):
+                    if blocks > 1 or i32(r) != rank:
+                        send(slots[r] + to, sendable(own[n]), sendable(own[n + 1]), sendable(own[n + 2]), sendable(own[n + 3]))
+        for i in range(share_rounds):
+            inner = thread + i32(i * threads)
+            at = block * i32(share) + inner
+            if inner < i32(share) and at < i32(units):
+                for r in range(size):
+                    to = mine + slot(stale, r, row, room) + u64(u32(at) * u32(16))
+                    ptx.store_128(to, u32(EMPTY), u32(EMPTY), u32(EMPTY), u32(EMPTY))
+        if block == 0:
+            add_slots(values, own, mine, turn, rank, row, room)
+            cuda.syncthreads()  # everything of the row was received, so all of its thread blocks have read its turn
+            if thread == i32(0):
+                ptx.store_32(place, u32(0) if turn == u32(TURNS - 1) else turn + u32(1))
+            if not weights_first:
+                load_row(ptx.address(weight), weights)
+            store_normed(values, weights, stream, target, eps, partial)
 
-        at = first
-        while at < vectors:
-            for i in range(VECTOR):
-                total[i] = f32(0.0)
-            for r in range(size):
-                v = load_peer(parts[r] + phase + u64(at) * u64(16))
-                for i in range(4):
-                    total[2 * i] = f32(total[2 * i] + low(v[i]))
-                    total[2 * i + 1] = f32(total[2 * i + 1] + high(v[i]))
-            store(
-                target + u64(at) * u64(16),
-                pack(total[0], total[1]),
-                pack(total[2], total[3]),
-                pack(total[4], total[5]),
-                pack(total[6], total[7]),
-            )
-            at = i32(at + step)
-
-    words, addresses = pointer(u32), pointer(u64)
-    return Kernel(kernel, (words, addresses, addresses, words, i32, i32, i32, words), THREADS)
+    arguments = (WORDS, u32, u64, WORDS, FLOATS, WORDS, f32, ADDRESSES, WORDS, i32, i32)
+    return Kernel(kernel, arguments, threads, early=True)
 
 
-def one_shot_sum(library: Library, device: torch.device, ranks: Ranks, dtype: torch.dtype) -> OneShotSum | None:
-    """None where there is one rank, or the cards cannot read each other's memory: then every sum is NCCL's."""
-    if ranks.size == 1 or device.type != "cuda":
+def sum_threads(hidden: int) -> int:
+    """Of a row's thread block: a unit or two each, of wide rows up to eight, in more registers."""
+    return min(1024 if hidden <= 8192 else 512, -(-hidden // UNIT // 32) * 32)
+
+
+def most_rows(hidden: int, size: int, multiprocessors: int) -> int:
+    """Of one sum: all its thread blocks run at the same time."""
+    return min(MAX_SENT // (4 * hidden * (size - 1)), multiprocessors)
+
+
+def summed_norm_of(library: Library, device: Any, ranks: Ranks, hidden: int, dtype: str) -> SummedNorm | None:
+    """None where there is one rank, or the cards cannot reach each other's memory: then every sum is NCCL's."""
+    room = most_rows(hidden, ranks.size, device.multiprocessors) if ranks.size > 1 else 0
+    if device.torch_device.type != "cuda" or room < 1 or hidden > MAX_HIDDEN:
         return None
     try:
-        peers = Peers(device, ranks.size, BLOCKS, ranks.group)
+        peers = Peers.meet(device.torch_device, ranks, room, hidden)
     except RuntimeError as error:
-        log.warning("The cards cannot read each other's memory, sums of small steps go through NCCL: %s", error)
+        log.warning("The cards cannot reach each other's memory, sums of small steps go through NCCL: %s", error)
         return None
-    return OneShotSum(library, ranks.rank, ranks.size, dtype, BLOCKS, peers)
+    return SummedNorm(library, hidden, dtype, ranks.rank, ranks.size, peers, device.multiprocessors)
 
 
-class OneShotSum:
-    """x [rows, width] of 16 bits -> the ranks' sum, in place. `peers`: where each rank's parts and signals lie, as this card sees them."""
+class SummedNorm:
+    """residual += x summed over the ranks, out = rms_norm(residual) * weight: the same bits on every rank. [T, hidden]; residual
+    float32, out in the computing dtype, weight float32 [hidden]; x the parts of a product, float32 [S, T, hidden], or the product in
+    the computing dtype. Every rank calls it with as many rows, in the same order."""
 
-    def __init__(self, library: Library, rank: int, size: int, dtype: torch.dtype, blocks: int, peers: Peers) -> None:
-        self._library, self._rank, self._blocks, self._peers = library, rank, blocks, peers
-        self._dtype = dtype
-        self._variant = Variant(__name__, "all_reduce", (size, DTYPES[dtype]))
-        self.variants = (self._variant,)
+    def __init__(self, library: Library, hidden: int, dtype: str, rank: int, size: int, peers: Peers, multiprocessors: int) -> None:
+        self._library, self._hidden, self._dtype = library, hidden, DTYPES[dtype]
+        self._rank, self._peers = rank, peers
+        self._few = min(FEW_ROWS, multiprocessors // FEW_ROWS_BLOCKS)
+        threads = sum_threads(hidden)
+        self._by_blocks = {
+            blocks: tuple(Variant(__name__, "summed_norm", (hidden, dtype, size, add, blocks, threads)) for add in ("rows", "parts"))
+            for blocks in (1, FEW_ROWS_BLOCKS)
+        }
+        self.variants = tuple(variant for pair in self._by_blocks.values() for variant in pair)
+
+    def takes_rows(self, rows: int) -> bool:
+        """Whether sums of so many rows are for it."""
+        return 0 < rows <= self._peers.room
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Whether this sum is for x: small, of the right kind, in whole vectors."""
-        return x.dtype == self._dtype and x.is_contiguous() and x.numel() % VECTOR == 0 and 0 < 2 * x.numel() <= MAX_BYTES
+        """Whether this sum is: of few rows, of the right kind, consecutive."""
+        if x.ndim == 3:
+            right = x.dtype == torch.float32
+        else:
+            right = x.dtype == self._dtype
+        return right and x.shape[-1] == self._hidden and x.is_contiguous() and self.takes_rows(x.shape[-2])
 
-    def __call__(self, x: torch.Tensor) -> None:
-        peers, vectors = self._peers, x.numel() // VECTOR
-        self._library[self._variant](self._blocks, x, peers.parts, peers.signals, peers.epochs, self._rank, vectors, MAX_BYTES // 16, x)
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float) -> None:
+        rows, peers, parted = len(out), self._peers, x.ndim == 3
+        check_rows("residual", residual, rows, self._hidden, torch.float32)
+        check_rows("out", out, rows, self._hidden, self._dtype)
+        if parted:
+            check_parts("x", x, rows, self._hidden)
+        else:
+            check_rows("x", x, rows, self._hidden, self._dtype)
+        if not self.takes_rows(rows):
+            raise ValueError(f"a sum of {rows} rows over ranks, and there is room for 1 to {peers.room}")
+        blocks = FEW_ROWS_BLOCKS if rows <= self._few else 1
+        given = part_arguments(x) if parted else (x, 1, 0)
+        self._library[self._by_blocks[blocks][parted]](
+            (rows, blocks, 1), *given, residual, weight, out, eps, peers.slots, peers.turns, self._rank, peers.room
+        )
 
 
 class Peers:
-    """Memory of every card that all of them see, through torch's symmetric memory (NVLink or PCIe peer access).
+    """The slots of all ranks, as this one sees them: `slots` int64 [size], the address of each rank's; `turns` int32 [room]."""
 
-    parts, signals: uint64 [size], the addresses of each rank's; epochs uint32 [blocks].
-    """
+    def __init__(self, own: torch.Tensor, slots: torch.Tensor) -> None:
+        """`own` int32 [3, size, room, hidden], all EMPTY."""
+        self._own, self.slots, self.room = own, slots, own.shape[2]
+        self.turns = torch.zeros(self.room, dtype=torch.int32, device=own.device)
 
-    def __init__(self, device: torch.device, size: int, blocks: int, group: Any) -> None:
+    @classmethod
+    def meet(cls, device: torch.device, ranks: Ranks, room: int, hidden: int) -> Peers:
+        """Through torch's symmetric memory (NVLink or PCIe peer access). RuntimeError where there is none."""
         from torch.distributed import _symmetric_memory as symmetric
 
-        words = 2 * MAX_BYTES // 4 + blocks * size
-        self._held = symmetric.empty(words, dtype=torch.int32, device=device)
-        self._held.zero_()
+        own = symmetric.empty(TURNS * ranks.size * room * hidden, dtype=torch.int32, device=device)
+        own.fill_(-1)
         torch.cuda.synchronize(device)
-        handle = symmetric.rendezvous(self._held, group)
-        parts = [int(pointer) for pointer in handle.buffer_ptrs]
-        self.parts = torch.tensor(parts, dtype=torch.int64, device=device)
-        self.signals = self.parts + 2 * MAX_BYTES
-        self.epochs = torch.zeros(blocks, dtype=torch.int32, device=device)
-        handle.barrier()  # nobody tells anybody anything before all are zero
+        handle = symmetric.rendezvous(own, ranks.group)
+        slots = torch.tensor([int(address) for address in handle.buffer_ptrs], dtype=torch.int64, device=device)
+        handle.barrier()  # nobody sends anything before all slots are empty
+        return cls(own.view(TURNS, ranks.size, room, hidden), slots)

@@ -19,7 +19,7 @@ import torch
 from config.schema import Config
 from engine.backend import Dense, Weight
 from engine.cache.layout import KVLayout
-from engine.cuda.all_reduce import one_shot_sum
+from engine.cuda.all_reduce import summed_norm_of
 from engine.cuda.attention_portable import PortableAttention
 from engine.cuda.eight_bit import Gated
 from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
@@ -35,7 +35,7 @@ from engine.host import usable_cores
 from engine.models.layers import to_dense
 from engine.models.shard import Share, make_shard
 from engine.models.spec import ModelSpec
-from engine.parallel import Ranks
+from engine.parallel import Ranks, Unsummed
 from engine.plan_cuda import activation_widths
 from engine.step import MAX_SCORED, StepPlan
 
@@ -107,7 +107,9 @@ class CudaBackend:
             self._decode[window] = decode
             self._prefill[window] = PrefillAttention(*shape, dtype, device.multiprocessors, device.cc, window=window, bits=bits)
         self._rows = rows
-        self._one_shot = ranks.one_shot = one_shot_sum(library, device.torch_device, ranks, self._dtype)
+        self._summed_norm = summed_norm_of(library, device, ranks, hidden, dtype)
+        if self._summed_norm is not None:
+            ranks.defers = self._summed_norm.takes
         kv_width = 2 * self._kv_heads * spec.head_dim
         self._out = {  # which buffer the products of a width go to
             hidden: "hidden", 2 * self._intermediate: "gate_up", self._heads * spec.head_dim + kv_width: "qkv",
@@ -147,8 +149,8 @@ class CudaBackend:
 
     def _operations(self) -> list[Any]:
         fixed: list[Any] = [self._embed, self._take, self._updates, self._rms_norm, self._add_rms_norm, self._silu_mul, self._rope_store]
-        if self._one_shot is not None:
-            fixed.append(self._one_shot)
+        if self._summed_norm is not None:
+            fixed.append(self._summed_norm)
         return [*fixed, *self._portable.values(), *self._decode.values(), *self._prefill.values(), self._linears]
 
     def warm_up(self) -> None:
@@ -210,13 +212,21 @@ class CudaBackend:
 
     def add_rms_norm(self, x: Array, residual: Array, weight: torch.Tensor, eps: float) -> tuple[Array, Array]:
         out = self._buffers.get("normed", len(residual))
-        self._add_rms_norm(x, residual, weight, out, eps)
+        if isinstance(x, Unsummed):
+            assert self._summed_norm is not None
+            self._summed_norm(x.x, residual, weight, out, eps)
+        else:
+            self._add_rms_norm(x, residual, weight, out, eps)
         return out, residual
 
     def linear(self, x: Array, weight: Linear) -> Array:
-        """The output, or its parts, float32 [S, T, N], for the operation that reads it: one of the three below, not an all-reduce."""
+        """The output, or its parts, float32 [S, T, N], for the operation that reads it: one of the three below, not NCCL."""
         out = self._buffers.get(self._out[weight.n], len(x))
-        return self._linears(x, weight, out, whole=self._reduced and weight.n == self._spec.hidden_size)
+        return self._linears(x, weight, out, whole=weight.n == self._spec.hidden_size and self._by_nccl(len(x)))
+
+    def _by_nccl(self, rows: int) -> bool:
+        """Whether what has the width of the residual stream is summed over ranks by itself."""
+        return self._reduced and (self._summed_norm is None or not self._summed_norm.takes_rows(rows))
 
     def logits(self, x: Array, weight: Linear) -> Array:
         out = self._logits.view(-1)[: len(x) * weight.n].view(len(x), weight.n)

@@ -27,6 +27,7 @@ kernel reaches, embed at 55 %. Threads a row is a factory constant; no other was
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,28 +54,19 @@ def norm_threads(hidden: int) -> int:
 # -- kernels --------------------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(hidden: int, dtype: str, add: str, threads: int) -> Kernel:
-    """(residual, weight, out, eps); add "rows": (x, residual, weight, out, eps); "parts": (parts, how many, bytes of one, residual, ..)."""
-    pack, low, high = PACK[dtype], ptx.LOW[dtype], ptx.HIGH[dtype]
-    vectors = hidden // VECTOR
-    rounds = -(-vectors // threads)  # vectors of a thread
-    whole = vectors % threads == 0
-    numbers, words = VECTOR * rounds, 4 * rounds
+def block_adder(threads: int) -> Callable[..., Any]:
+    """A device function (total, partial) -> the sum of `total` over the thread block, in all its threads; `partial`: 32 floats of
+    shared memory. Lanes of a warp first, then the warps: a fixed order."""
     warps = threads // 32
     lane_steps, warp_steps = (16, 8, 4, 2, 1), tuple(n for n in (16, 8, 4, 2, 1) if n < warps)
-    inverse = f32(1.0 / hidden)
-    row_bytes, zero = 2 * hidden, f32(0.0)
-    add_parts = part_adder(VECTOR)
+    zero = f32(0.0)
 
     @cuda.jit(device=True, inline="always")
-    def normalise(values: Any, weight: Any, out: Any, eps: Any, partial: Any) -> None:
-        thread = i32(cuda.threadIdx.x)
-        total = zero
-        for i in range(numbers):
-            total += values[i] * values[i]
+    def add_up(total: Any, partial: Any) -> Any:
         for step in lane_steps:
             total += ptx.shuffle_xor_f32(total, u32(step))
         if warps > 1:
+            thread = i32(cuda.threadIdx.x)
             if thread & i32(31) == i32(0):
                 partial[thread >> i32(5)] = total
             cuda.syncthreads()
@@ -83,7 +75,29 @@ def rms_norm(hidden: int, dtype: str, add: str, threads: int) -> Kernel:
             for step in warp_steps:
                 total += ptx.shuffle_xor_f32(total, u32(step))
             total = ptx.shuffle_first_f32(total)
-        scale = ptx.rsqrt(total * inverse + eps)
+        return total
+
+    return add_up
+
+
+def rms_norm(hidden: int, dtype: str, add: str, threads: int) -> Kernel:
+    """(residual, weight, out, eps); add "rows": (x, residual, weight, out, eps); "parts": (parts, how many, bytes of one, residual, ..)."""
+    pack, low, high = PACK[dtype], ptx.LOW[dtype], ptx.HIGH[dtype]
+    vectors = hidden // VECTOR
+    rounds = -(-vectors // threads)  # vectors of a thread
+    whole = vectors % threads == 0
+    numbers, words = VECTOR * rounds, 4 * rounds
+    inverse = f32(1.0 / hidden)
+    row_bytes, zero = 2 * hidden, f32(0.0)
+    add_parts, add_up = part_adder(VECTOR), block_adder(threads)
+
+    @cuda.jit(device=True, inline="always")
+    def normalise(values: Any, weight: Any, out: Any, eps: Any, partial: Any) -> None:
+        thread = i32(cuda.threadIdx.x)
+        total = zero
+        for i in range(numbers):
+            total += values[i] * values[i]
+        scale = ptx.rsqrt(add_up(total, partial) * inverse + eps)
         for r in range(rounds):
             at = thread + i32(r * threads)
             if whole or at < i32(vectors):

@@ -294,8 +294,9 @@ ceiling = _asm("cvt.rpi.f64.f64 $0, $1;", [f64], [f64], pure=True)
 
 # -- between cards: what one writes with release the other sees after acquire (8.5, memory consistency) -----------------------------
 
-store_release_system = _asm("st.release.sys.global.u32 [$0], $1;", [], [u64, u32], memory=True)
-load_acquire_system = _asm("ld.acquire.sys.global.u32 $0, [$1];", [u32], [u64], memory=True)
+# 16 bytes of another card, number by number: each is seen whole, in no order among them
+store_relaxed_system_128 = _asm("st.relaxed.sys.global.v4.u32 [$0], {$1,$2,$3,$4};", [], [u64, u32, u32, u32, u32], memory=True)
+load_relaxed_system_128 = _asm("ld.relaxed.sys.global.v4.u32 {$0,$1,$2,$3}, [$4];", [u32] * 4, [u64], memory=True)
 
 # -- Hopper: barriers in shared memory that know phases, and the asynchronous proxy (mbarrier, fence.proxy; cc 9.0) -------------------
 

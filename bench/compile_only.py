@@ -25,8 +25,7 @@ from engine.cuda.launch import Kernel, Library, Variant, assemble, to_ptx
 from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention
 from engine.cuda.sampling import GpuSampler
-from engine.cuda.w4_hopper import W4Hopper
-from engine.cuda.w4_matmul import W4Matmul
+from engine.cuda.w4_by_rows import W4ByRows
 from engine.cuda.w4_portable import W4Portable
 from engine.cuda.w4_repack import W4Repack
 
@@ -55,7 +54,6 @@ class Model:
 
 KV_BITS = (8, 4)
 SUMMED = ((4096, 2), (8192, 2), (8192, 4), (8192, 8), (16384, 8), (576, 3))  # hidden size, ranks
-HOPPER = (9, 0)
 MODELS = (
     Model("Llama-3.1-8B", 4096, 14336, 32, 8, 128, 128256),
     Model("Qwen3-8B", 4096, 12288, 32, 8, 128, 151936, qk_norm=True, dtypes=("bfloat16",)),
@@ -107,12 +105,9 @@ def operations(library: Library, device: Any, model: Model, dtype: str) -> Itera
         yield PrefillAttention(*place, device.multiprocessors, device.cc, window=m.window, bits=bits)
     q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
     for n, k in ((q + 2 * kv, m.hidden), (m.hidden, q), (2 * m.inner, m.hidden), (m.hidden, m.inner)):
-        for form in ("zero", "bias"):
-            if k % m.group == 0:
-                card = {"cc": device.cc, "multiprocessors": device.multiprocessors, "max_m": 256}
-                yield W4Matmul(library, n, k, m.group, form, dtype, **card)
-        if device.cc == HOPPER and k % m.group == 0:
-            yield W4Hopper(library, n, k, m.group, "zero", dtype, multiprocessors=device.multiprocessors, max_m=256)
+        for form in ("zero", "bias") if k % m.group == 0 else ():
+            card = {"cc": device.cc, "multiprocessors": device.multiprocessors, "max_m": 256}
+            yield W4ByRows(library, n, k, m.group, form, dtype, **card)
     yield from (W4Repack(library, m.group, form, dtype) for form in ("zero", "bias"))
 
 

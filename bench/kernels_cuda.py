@@ -30,8 +30,9 @@ from engine.cuda.parts import SumParts
 from engine.cuda.prefill_attention import PrefillAttention
 from engine.cuda.sampling import GpuSampler
 from engine.cuda.tuning import dense_from, packed_bytes
+from engine.cuda.w4_by_rows import W4ByRows
 from engine.cuda.w4_layout import W4Device
-from engine.cuda.w4_matmul import W4Matmul
+from engine.cuda.w4_product import W4Product
 from engine.cuda.w4_repack import W4Repack
 from engine.sampler import Sampler
 from engine.sequence import SamplingParams
@@ -177,7 +178,7 @@ class CudaBench:
     # -- products ---------------------------------------------------------------------------------------------------------
 
     def products(self) -> None:
-        """The four 4-bit products: our kernel, a 16-bit copy, a 16-bit copy made for the moment; a layer takes what the engine would."""
+        """The four 4-bit products: our kernels as the engine chooses them, and a 16-bit copy; a layer takes what the engine would."""
         ours, copy = (dict.fromkeys(self.shapes.rows, 0.0) for _ in range(2))
         for name, n, k in self.shapes.products:
             self._product(name, n, k, ours, copy)
@@ -193,7 +194,7 @@ class CudaBench:
 
     def _product(self, name: str, n: int, k: int, ours: dict[int, float], copy: dict[int, float]) -> None:
         product = Product(self, n, k)
-        op = W4Matmul(
+        op = W4ByRows(
             self.library, n, k, self.shapes.group, "zero", self.dtype, cc=self.device.cc, multiprocessors=self.device.multiprocessors,
             max_m=max(self.shapes.rows),
         )  # fmt: skip
@@ -476,7 +477,7 @@ class Summed:
     """A 4-bit product and, where it comes in parts, their sum by a kernel of its own. In a step the next kernel reads the parts, so
     that what this takes, less a launch, is what the product costs there."""
 
-    def __init__(self, library: Library, op: W4Matmul, dtype: str, place: torch.device) -> None:
+    def __init__(self, library: Library, op: W4Product | W4ByRows, dtype: str, place: torch.device) -> None:
         self._op, self._sum = op, SumParts(library, dtype)
         self._scratch = torch.full((max(1, op.scratch_floats),), torch.nan, device=place)
         self.variants, self.parted = self._sum.variants, False

@@ -63,6 +63,9 @@ def pasted(rows: Sequence[dict[str, Any]]) -> list[str]:
         if kind == "w4":
             launch, us = min(found.items(), key=lambda item: item[1])
             lines.append(f'    ("w4_matmul", {cc}, "{case}"): W4Launch({_arguments(launch)}),  # {note}: {us:.2f} us, of {len(found)}')
+        elif kind == "w4 hopper":
+            launch, us = min(found.items(), key=lambda item: item[1])
+            lines.append(f'    "{case}": HopperLaunch({_arguments(launch)}),  # {note}: {us:.2f} us, of {len(found)}')
     for kind, name in (("decode", "DecodeShape"), ("prompt", "PromptShape")):
         for head_dim in sorted({case.split()[0] for k, case in measured if k == kind}, key=int):
             cases = [found for (k, case), found in measured.items() if k == kind and case.split()[0] == head_dim]

@@ -29,9 +29,23 @@ from engine.cuda import tuning_attention
 from engine.cuda.launch import Kernel, Library, Variant
 from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention
-from engine.cuda.tuning import ROW_BUCKETS, W4Launch, candidates, most_shared, w4_grid, w4_launch
+from engine.cuda.tuning import (
+    HOPPER_BUCKETS,
+    ROW_BUCKETS,
+    HopperLaunch,
+    W4Launch,
+    candidates,
+    hopper_candidates,
+    hopper_grid,
+    hopper_launch,
+    most_shared,
+    w4_grid,
+    w4_launch,
+)
 from engine.cuda.tuning_attention import DecodeShape, PromptShape
+from engine.cuda.w4_hopper import W4Hopper
 from engine.cuda.w4_matmul import W4Matmul
+from engine.cuda.w4_product import W4Product
 
 DECODE_CASES = ((1, 1024), (1, 32768), (8, 4096), (64, 1024), (64, 4096))
 PROMPT_CASES = ((8, 1024), (1, 8192))
@@ -95,7 +109,7 @@ class Tuner:
         cases: dict[tuple[str, str], list[Job]] = defaultdict(list)
         for kind in made.keys() & kinds:
             for job in made[kind]():
-                cases[kind, job.case].append(job)
+                cases[job.kind, job.case].append(job)
         ordered = [sorted(jobs, key=lambda job: job.promise) for _, jobs in sorted(cases.items())]
         return [job for turn in zip_longest(*ordered) for job in turn if job is not None]
 
@@ -106,10 +120,25 @@ class Tuner:
             for launch in dict.fromkeys([first, *candidates(cc, m, n, k, s.group)]):
                 promise = -1.0 if launch == first else self._promise(launch, m, n, k)
                 parted = w4_grid(launch, m, n, k, s.group, self.device.multiprocessors).splits > 1
-                yield Job(
-                    "w4", f"{m} {n} {k}", launch, promise, self._w4_op(n, k, m, launch).variants,
-                    partial(self._w4_ready, name, n, k, m, launch), SUM_LAUNCH_US if parted else 0.0,
-                )  # fmt: skip
+                yield self._w4_job("w4", (name, n, k), m, launch, promise, parted)
+        buckets = HOPPER_BUCKETS if cc == (9, 0) else ()
+        for (name, n, k), m in product(s.products, [rows for rows in buckets if rows <= max(s.rows)]):
+            best = hopper_launch(m, n, k)
+            for launch in dict.fromkeys([best, *hopper_candidates(m, n, s.group)]):
+                grid = hopper_grid(launch, m, n, k, s.group, self.device.multiprocessors)
+                blocks = grid.column_blocks * grid.splits * grid.row_blocks
+                rounds = -(-blocks // self.device.multiprocessors) * self.device.multiprocessors / blocks
+                promise = -1.0 if launch == best else rounds * grid.row_blocks
+                yield self._w4_job("w4 hopper", (name, n, k), m, launch, promise, grid.splits > 1)
+
+    def _w4_job(
+        self, kind: str, weight: tuple[str, int, int], m: int, launch: W4Launch | HopperLaunch, promise: float, parted: bool
+    ) -> Job:  # fmt: skip
+        name, n, k = weight
+        return Job(
+            kind, f"{m} {n} {k}", launch, promise, self._w4_op(n, k, m, launch).variants,
+            partial(self._w4_ready, name, n, k, m, launch), SUM_LAUNCH_US if parted else 0.0,
+        )  # fmt: skip
 
     def _promise(self, launch: W4Launch, m: int, n: int, k: int) -> float:
         """How unevenly the multiprocessors are loaded, and how little is in flight: a guess that only orders the candidates."""
@@ -121,11 +150,14 @@ class Tuner:
         flying = resident * launch.shared_bytes(group) * (launch.stages - 1) / launch.stages
         return rounds * (1 + max(0.0, ENOUGH_IN_FLIGHT / flying - 1)) * (1.1 if grid.part_floats else 1.0)
 
-    def _w4_op(self, n: int, k: int, m: int, launch: W4Launch) -> W4Matmul:
+    def _w4_op(self, n: int, k: int, m: int, launch: W4Launch | HopperLaunch) -> W4Product:
+        weight = (self.library, n, k, self.shapes.group, "zero", self.dtype)
         card = {"cc": self.device.cc, "multiprocessors": self.device.multiprocessors}
-        return W4Matmul(self.library, n, k, self.shapes.group, "zero", self.dtype, **card, max_m=m, launch=launch)
+        if isinstance(launch, HopperLaunch):
+            return W4Hopper(*weight, **card, max_m=m, launch=launch)
+        return W4Matmul(*weight, **card, max_m=m, launch=launch)
 
-    def _w4_ready(self, name: str, n: int, k: int, m: int, launch: W4Launch) -> tuple[float, Sequence[Call]]:
+    def _w4_ready(self, name: str, n: int, k: int, m: int, launch: W4Launch | HopperLaunch) -> tuple[float, Sequence[Call]]:
         weight: Product = self._subject(("w4", name), lambda: Product(self.bench, n, k))
         x, out = self._subject(("x", name, m), lambda: (self.bench.random(m, k), self.bench.poisoned(m, n)))
         op = self._w4_op(n, k, m, launch)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from config.schema import Config
+from engine.cuda.tuning import most_part_floats
 from engine.models.shard import Share
 from engine.models.spec import ModelSpec
 from engine.packed_ints import w4_group
@@ -26,10 +27,9 @@ PART = {"qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp"}
 CONTEXT_BYTES = 640 * MIB
 GRAPHS_BYTES = 128 * MIB
 INPUTS_PER_TOKEN = 5  # int32: its slot, its position, and room for a step's rows, updates and attention tiles
-SPLIT_ROWS = 64  # most rows of a product whose input channels are split over thread blocks
-SPLITS = 8  # most parts they are split into
 SECTIONS = 64  # most sections of a context in decode attention
-THREAD_BLOCKS = 2 * 148  # of decode attention on the largest card so far
+MULTIPROCESSORS = 148  # of the largest card so far
+THREAD_BLOCKS = 2 * MULTIPROCESSORS  # of decode attention
 PLANNED_CC = (9, 0)  # where no card is here to ask
 FP8_SINCE, INT8_SINCE, FP8_BLOCKS_ON = (8, 9), (8, 0), (9, 0)  # compute capabilities
 EIGHT_BIT_PIECE = 1024  # rows of an int8 product at a time
@@ -48,6 +48,7 @@ class CardWeights:
     eight_bit: tuple[tuple[str, int, int], ...] = ()  # (kind, N, K) of the 8-bit products
     gated: int = 0  # intermediate channels of a token that are kept in 8 bits between gate, up and down
     ordered: int = 0  # most input channels of a 4-bit product whose activations come in another order
+    split_bytes: int = 0  # float32 parts of a 4-bit product whose input channels are split over thread blocks
 
 
 def card_weights(
@@ -57,18 +58,22 @@ def card_weights(
     shapes = rank_shapes(spec, share)
     parts = dict.fromkeys(("embedding", "attention", "mlp", "norms and biases", "output head"), 0)
     matrices = [(f"layers.{i}.", name) for i in range(spec.num_layers) for name in LINEARS]
-    sizes, eight_bit = [], set()
-    for place, name in matrices:
-        members = [(place + m, shapes[m]) for m in LINEARS[name]]
-        if kind := _eight_bits(stock, members, cc, dtype):
-            sizes.append((PART[name], _eight_bit_bytes(*kind), 0))
-            eight_bit.add(kind)
-        else:
-            sizes.append((PART[name], *_linear(stock, members, spec)))
-    parts["embedding"] = 2 * spec.vocab_size * spec.hidden_size
+    sizes, eight_bit, packed = [], set(), set()
+    stacks = [(PART[name], [(place + m, shapes[m]) for m in LINEARS[name]]) for place, name in matrices]
     if not spec.tie_word_embeddings or tp > 1:
         table = "embed" if spec.tie_word_embeddings else "lm_head"
-        sizes.append(("output head", *_linear(stock, [(table, (share.vocab, spec.hidden_size))], spec)))
+        stacks.append(("output head", [(table, (share.vocab, spec.hidden_size))]))
+    for part, members in stacks:
+        n, k, group = _stack(stock, members, spec)
+        if part != "output head" and (kind := _eight_bits(stock, members, cc, dtype)):
+            sizes.append((part, _eight_bit_bytes(*kind), 0))
+            eight_bit.add(kind)
+        elif group:
+            sizes.append((part, cuda_w4_bytes(n, k, group), 2 * n * k))
+            packed.add((n, k, group))
+        else:
+            sizes.append((part, 2 * n * k, 0))
+    parts["embedding"] = 2 * spec.vocab_size * spec.hidden_size
     for part, size, _ in sizes:
         parts[part] += size
     parts["norms and biases"] = sum(4 * stored.shape[0] for stored in stock.values() if len(stored.shape) == 1)
@@ -76,7 +81,8 @@ def card_weights(
     ordered = max((s.shape[1] for s in stock.values() if s.part("g_idx") or s.part("weight_g_idx")), default=0)
     fused = tp == 1 and not spec.mlp_bias and any(kind != "fp8 blocks" and n == 2 * share.intermediate for kind, n, _ in eight_bit)
     gated = share.intermediate if fused and any(k == share.intermediate for _, _, k in eight_bit) else 0
-    return CardWeights(parts, sum(copies), max(copies), tuple(sorted(eight_bit)), gated, ordered)
+    split = 4 * max((most_part_floats(cc, MULTIPROCESSORS, *shape) for shape in packed), default=0)
+    return CardWeights(parts, sum(copies), max(copies), tuple(sorted(eight_bit)), gated, ordered, split)
 
 
 def _eight_bits(
@@ -146,14 +152,12 @@ def rank_shapes(spec: ModelSpec, share: Share) -> dict[str, tuple[int, int]]:
     return shapes | {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
 
 
-def _linear(stock: Mapping[str, Stored], members: list[tuple[str, tuple[int, int]]], spec: ModelSpec) -> tuple[int, int]:
-    """(bytes, bytes of its 16-bit copy: 0 where it is dense itself) of weights stacked into one."""
+def _stack(stock: Mapping[str, Stored], members: list[tuple[str, tuple[int, int]]], spec: ModelSpec) -> tuple[int, int, int]:
+    """(N, K, group size) of weights stacked into one; group size 0: the stack is dense."""
     groups = {_group(stock[f"{name}.weight"], spec) for name, _ in members}
-    rows, columns = sum(n for _, (n, _) in members), members[0][1][1]
+    n, k = sum(rows for _, (rows, _) in members), members[0][1][1]
     group = groups.pop()
-    if groups or not group or columns % group:  # a share that cuts a group is dense
-        return 2 * rows * columns, 0
-    return cuda_w4_bytes(rows, columns, group), 2 * rows * columns
+    return n, k, 0 if groups or not group or k % group else group  # a share that cuts a group is dense
 
 
 def _group(stored: Stored, spec: ModelSpec) -> int:
@@ -186,17 +190,6 @@ def activation_widths(spec: ModelSpec, share: Share) -> dict[str, int]:
         "gate_up": 2 * share.intermediate,
         "gated": share.intermediate,
     }
-
-
-def split_bytes(spec: ModelSpec, share: Share) -> int:
-    """float32 partial sums of a product whose input channels are split."""
-    widest = max(n for n, _ in _stacked_shapes(spec, share))
-    return SPLITS * SPLIT_ROWS * widest * 4
-
-
-def _stacked_shapes(spec: ModelSpec, share: Share) -> list[tuple[int, int]]:
-    shapes = rank_shapes(spec, share)
-    return [(sum(shapes[m][0] for m in members), shapes[members[0]][1]) for members in LINEARS.values()]
 
 
 def attention_bytes(spec: ModelSpec, share: Share) -> int:
@@ -235,7 +228,7 @@ def workspace(
         "dequantized matrix": scratch_bytes,
         "8-bit products": eight_bit_workspace(quantized.eight_bit, tokens, quantized.gated) if quantized else 0,
         "activations in another order": 2 * tokens * quantized.ordered if quantized else 0,
-        "split products": split_bytes(spec, share),
+        "split products": quantized.split_bytes if quantized else 0,
         "split attention": attention_bytes(spec, share),
         "sampling": sampling_bytes(slots, spec.vocab_size),
         "batch tables": state_bytes(slots, length, config.cache.cache_block_seq_len),

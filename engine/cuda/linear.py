@@ -2,7 +2,7 @@
 
     weight in the checkpoint                on the card                      few rows        many rows
     16 or 32 bits, 8-bit GGUF, mixed forms  dense, computing dtype           torch.mm        torch.mm
-    4 bits (GGUF, GPTQ, pack-quantized),    packed (w4_layout.py), and a     w4_matmul       torch.mm with the dense copy,
+    4 bits (GGUF, GPTQ, pack-quantized),    packed (w4_layout.py), and a     w4_by_rows      torch.mm with the dense copy,
     AWQ                                     dense copy where memory allows                   or with one made for the moment
     W8A8 int8, FP8                          8 bits (eight_bit.py), where     cuBLAS in 8 bits, activations quantized a token
                                             the card multiplies those
@@ -27,8 +27,8 @@ from engine.cuda.launch import Library, Variant
 from engine.cuda.parts import SumParts
 from engine.cuda.take_columns import TakeColumns
 from engine.cuda.tuning import dense_from
-from engine.cuda.w4_layout import FORMS, W4Device
-from engine.cuda.w4_matmul import W4Matmul
+from engine.cuda.w4_by_rows import W4ByRows
+from engine.cuda.w4_layout import W4Device
 from engine.cuda.w4_portable import W4Portable
 from engine.cuda.w4_repack import W4Repack
 from engine.errors import ModelError
@@ -61,9 +61,8 @@ class Linears:
     def __init__(self, library: Library, device: Any, dtype: str, max_rows: int) -> None:
         self._library, self._device, self._dtype = library, device, dtype
         self._place = {"device": device.torch_device, "dtype": DTYPES[dtype]}
-        self._most_packed = min(max_rows, max(dense_from(device.cc, form, resident) for form in FORMS for resident in (True, False)))
         self._all: list[Linear] = []
-        self._products: dict[tuple[int, int, int, str, str], W4Matmul | W4Portable] = {}
+        self._products: dict[tuple[int, int, int, str, str], W4ByRows | W4Portable] = {}
         self._repacks: dict[tuple[int, str], W4Repack] = {}
         self._finite: list[torch.Tensor] = []  # of each upload: whether all its numbers are
         self._bad_scales = torch.zeros(1, dtype=torch.int32, device=device.torch_device)
@@ -141,15 +140,15 @@ class Linears:
             host = torch.from_numpy(np.ascontiguousarray(array))
         return host.to(self._device.torch_device, copy=True)
 
-    def _product(self, linear: Linear, out_dtype: str) -> W4Matmul | W4Portable:
+    def _product(self, linear: Linear, out_dtype: str) -> W4ByRows | W4Portable:
         assert linear.packed is not None
         key = (linear.n, linear.k, linear.packed.group, linear.packed.form, out_dtype)
         if key not in self._products and self._device.cc < TENSOR_CORES:
             self._products[key] = W4Portable(self._library, *key[:4])
         elif key not in self._products:
-            self._products[key] = W4Matmul(
+            self._products[key] = W4ByRows(
                 self._library, *key[:4], self._dtype, cc=self._device.cc, multiprocessors=self._device.multiprocessors,
-                max_m=self._most_packed, out_dtype=out_dtype,
+                max_m=self._most_packed(linear.packed.form), out_dtype=out_dtype,
             )  # fmt: skip
         return self._products[key]
 
@@ -161,7 +160,7 @@ class Linears:
             )
         self._finite.clear()
         packed = [linear for linear in self._all if linear.packed is not None]
-        products = [product for product in self._products.values() if isinstance(product, W4Matmul)]
+        products = [product for product in self._products.values() if isinstance(product, W4ByRows)]
         floats = max((product.scratch_floats for product in products), default=0)
         self._scratch = torch.empty(max(1, floats), dtype=torch.float32, device=self._device.torch_device)
         self._eight.finish()
@@ -229,10 +228,15 @@ class Linears:
         self._take_columns(x, linear.order, out)
         return out
 
+    def _most_packed(self, form: str) -> int:
+        """Rows that the packed product may get."""
+        return max(1, min(self._max_rows, max(dense_from(self._device.cc, form, resident) for resident in (True, False)) - 1))
+
     def _takes_packed(self, linear: Linear, rows: int) -> bool:
         if linear.packed is None:
             return False
-        return 0 < rows < min(dense_from(self._device.cc, linear.packed.form, linear.dense is not None), self._most_packed + 1)
+        form = linear.packed.form
+        return 0 < rows < min(dense_from(self._device.cc, form, linear.dense is not None), self._most_packed(form) + 1)
 
     def _dense(self, linear: Linear) -> torch.Tensor:
         if linear.dense is not None:

@@ -17,7 +17,7 @@ TILE_ROWS = 16  # output channels of a tile
 CHUNK = 64  # input channels of a chunk
 GROUP_SIZES = (32, 64, 128)
 ROW_BUCKETS = (1, 8, 16, 32, 64)  # rows of activations that one thread block of the product serves
-HOPPER_BUCKETS = (16, 24, 32, 48, 64, 96, 128)  # rows of activations of the rows of the table for w4_hopper
+HOPPER_BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows of activations of the rows of the table for w4_hopper
 WIDE = 8192  # output channels from which a shape is of the class "wide"
 MOST_SHARED = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227}  # KiB a thread block may have
 LEAST_SHARED = 99  # KiB, of a card not named above, cc 8.0 or newer
@@ -268,8 +268,8 @@ TUNED: dict[tuple[str, tuple[int, int], str], W4Launch] = {
     ("w4_matmul", (9, 0), "64 28672 4096"): W4Launch(64, 2, 8, 1, 6, 0),  # 2026-11-20, H200, 62.39 us
 }
 
-# Of `w4_hopper`, which runs on compute capability 9.0 alone: by "rows n k" of one shape or a shape class. Up to 128 rows the best of
-# some hundred launches; the classes as above. 2026-11-20, H200.
+# Of `w4_hopper`, which runs on compute capability 9.0 alone: by "rows n k" of one shape or a shape class. The best of some hundred
+# launches up to 128 rows, of five beyond; the classes as above. 2026-11-20, H200.
 _HOPPER_16, _HOPPER_24 = HopperLaunch(16, 4, 1, 3, 4, 2, 1, 4), HopperLaunch(24, 4, 1, 3, 4, 2, 1, 4)
 _HOPPER_32, _HOPPER_48 = HopperLaunch(32, 4, 1, 3, 4, 2, 1, 1), HopperLaunch(48, 2, 2, 3, 4, 2, 1, 4)
 _HOPPER_64, _HOPPER_64_SMALL = HopperLaunch(64, 2, 2, 3, 5, 2, 1, 1), HopperLaunch(64, 3, 1, 3, 6, 2, 1, 1)
@@ -288,6 +288,10 @@ HOPPER: dict[str, HopperLaunch] = {
     "96 rows, wide": _HOPPER_48,
     "128 rows, narrow": _HOPPER_64_SMALL,
     "128 rows, wide": _HOPPER_64,
+    "192 rows, narrow": _HOPPER_64_SMALL,
+    "192 rows, wide": _HOPPER_64,
+    "256 rows, narrow": _HOPPER_64,
+    "256 rows, wide": _HOPPER_64,
     "24 6144 4096": HopperLaunch(24, 3, 1, 3, 4, 2, 1, 4),
     "32 6144 4096": HopperLaunch(32, 3, 1, 3, 4, 2, 1, 4),
     "48 4096 14336": _HOPPER_48,
@@ -295,6 +299,7 @@ HOPPER: dict[str, HopperLaunch] = {
     "96 6144 4096": HopperLaunch(48, 3, 1, 3, 4, 1, 1, 4),
     "96 4096 4096": HopperLaunch(96, 2, 1, 3, 4, 1, 1, 4),
     "128 4096 14336": _HOPPER_64,
+    "256 6144 4096": _HOPPER_64_SMALL,
 }
 
 # Estimates, not measured: a pipeline of about 50 to 100 KB a multiprocessor (bandwidth x latency is 25), two thread blocks
@@ -361,7 +366,7 @@ def w4_kernel(cc: tuple[int, int], form: str, m: int) -> str:
 # From how many rows a dense 16-bit product is the faster one: (with a 16-bit copy that stays, through a scratch copy).
 # Elsewhere estimates: the first from cuBLAS figures against the goals of this kernel, the second counts 4.5 bytes moved a weight.
 DENSE_FROM: dict[tuple[tuple[int, int], str], tuple[int, int]] = {
-    ((9, 0), "zero"): (193, 513),
+    ((9, 0), "zero"): (97, 321),  # 2026-11-20, H200
     ((9, 0), "bias"): (33, 129),  # 2026-11-20, H200
 }
 DENSE_FROM_DEFAULT = (96, 384)
@@ -370,6 +375,21 @@ DENSE_FROM_DEFAULT = (96, 384)
 def dense_from(cc: tuple[int, int], form: str, resident: bool) -> int:
     """Rows from which the backend should use the dense product for a packed weight of the form."""
     return DENSE_FROM.get((cc, form), DENSE_FROM_DEFAULT)[0 if resident else 1]
+
+
+def most_part_floats(cc: tuple[int, int], multiprocessors: int, n: int, k: int, group: int) -> int:
+    """float32 numbers of parts that a packed product of any number of rows may write, in either form."""
+    if cc < (8, 0):
+        return 0
+    most = 0
+    for form in ("zero", "bias"):
+        for m in range(1, dense_from(cc, form, resident=False)):
+            if w4_kernel(cc, form, m) == "w4_hopper":
+                grid = hopper_grid(hopper_launch(m, n, k), m, n, k, group, multiprocessors)
+            else:
+                grid = w4_grid(w4_launch(cc, m, n, k), m, n, k, group, multiprocessors)
+            most = max(most, grid.part_floats)
+    return most
 
 
 @cache
@@ -391,4 +411,23 @@ def candidates(cc: tuple[int, int], m: int, n: int, k: int, group: int) -> Itera
         if idle or launch.threads * registers * resident > 65536 or registers > 240:
             continue
         if launch.shared_bytes(group) <= most_shared(cc) and resident * launch.shared_bytes(group) <= most_shared(cc) + 1024:
+            yield launch
+
+
+@cache
+def _hopper_space(bucket: int) -> tuple[HopperLaunch, ...]:
+    """Of the bucket's rows, or blocks of fewer where they are many."""
+    served = (bucket,) if bucket < 96 else (bucket // 2, bucket) if bucket <= 128 else (64, 80, 96)
+    pipelines = [(x, w, a, t) for x in (3, 4) for w in (4, 5, 6, 8) for a in (1, 2) for t in (1, 4)]
+    return tuple(
+        HopperLaunch(rows, groups, tiles, x, w, ahead, 1, together)
+        for rows in served for groups in (2, 3, 4) for tiles in (1, 2) for x, w, ahead, together in pipelines
+    )  # fmt: skip
+
+
+def hopper_candidates(m: int, n: int, group: int) -> Iterator[HopperLaunch]:
+    """The same for `w4_hopper`. Registers are an estimate; what spills is slow, not wrong."""
+    for launch in _hopper_space(row_bucket(m, HOPPER_BUCKETS)):
+        registers = 56 + launch.rows // 2 * (launch.tiles + 1)
+        if launch.block_n <= max(n, 64) and launch.threads * registers <= 65536 and launch.shared_bytes(group) <= most_shared((9, 0)):
             yield launch

@@ -344,6 +344,7 @@ class W4Hopper(W4Product):
         form: str,
         dtype: str,
         *,
+        cc: tuple[int, int] = (9, 0),
         multiprocessors: int,
         max_m: int,
         out_dtype: str = "",
@@ -352,6 +353,8 @@ class W4Hopper(W4Product):
         super().__init__(library, n, k, group, form, dtype, out_dtype, max_m)
         if form != "zero":
             raise ValueError(f"this product takes pairs of the form zero, not {form}; w4_matmul takes both")
+        if cc != (9, 0):
+            raise ValueError(f"this product runs on compute capability 9.0 alone, not {cc[0]}.{cc[1]}; w4_matmul does elsewhere")
         self._multiprocessors = multiprocessors
         buckets = [rows for rows in HOPPER_BUCKETS if rows <= row_bucket(max_m, HOPPER_BUCKETS)]
         self._launches = {rows: launch or hopper_launch(rows, n, k) for rows in buckets}

@@ -86,7 +86,7 @@ def test_every_kind_of_kernel_is_in_the_list() -> None:
     factories = {v.factory for v in compile_only.variants(90)}
     assert factories >= {
         "rms_norm", "silu_mul", "embed", "take_rows", "apply_updates", "rope_store", "paged_decode", "decode_schedule", "prefill", "w4_matmul",
-        "pack_awq", "pack_w4", "dequantize", "scan", "draw", "logprobs", "read", "summed_norm",
+        "w4_hopper", "pack_awq", "pack_w4", "dequantize", "scan", "draw", "logprobs", "read", "summed_norm",
     }  # fmt: skip
     old = compile_only.variants(75)
     assert {"attend", "rms_norm"} <= {v.factory for v in old} and not any("bfloat16" in v.name for v in old)

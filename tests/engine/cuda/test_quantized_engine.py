@@ -65,3 +65,4 @@ def test_the_memory_plan_is_what_the_runner_holds(form: str, tmp_path: Path, roo
     elsewhere = ("CUDA context", "CUDA graphs", "split products", "split attention")
     planned = plan.weight_bytes + plan.kv_bytes + plan.block_bytes + sum(v for k, v in plan.workspace.items() if k not in elsewhere)
     assert abs(held - planned) < 0.03 * planned, (held, planned, plan.weights, plan.workspace)
+    assert backend._linears._scratch.nbytes <= max(4, plan.workspace["split products"])

@@ -5,7 +5,18 @@ import torch
 
 from engine import w4
 from engine.cuda.launch import Library, Variant, assemble, to_ptx
-from engine.cuda.tuning import HopperLaunch, hopper_grid
+from engine.cuda.tuning import (
+    HOPPER,
+    HOPPER_BUCKETS,
+    HopperLaunch,
+    dense_from,
+    hopper_candidates,
+    hopper_grid,
+    hopper_launch,
+    most_part_floats,
+    most_shared,
+)
+from engine.cuda.w4_by_rows import W4ByRows
 from engine.cuda.w4_hopper import W4Hopper
 from engine.cuda.w4_layout import W4Device
 from tests.engine.cuda.test_w4 import DTYPES, NAN, error, packed, random_w4, tensor
@@ -145,6 +156,57 @@ def test_operands_that_do_not_fit_are_refused(library):
         op(x, packed(library, random_w4(64, 128, 128, zeros=False), "bias"), out, scratch)
     with pytest.raises(ValueError, match="rows are a multiple of 8"):
         Variant("engine.cuda.w4_hopper", "w4_hopper", (128, "bfloat16", "bfloat16", *HopperLaunch(30, 1, 1, 3, 4).constants)).make()
+
+
+def of_the_card(library, form="zero", cc=CC, max_m=200, **more):
+    return W4ByRows(library, 96, 256, 128, form, "bfloat16", cc=cc, multiprocessors=4, max_m=max_m, **more)
+
+
+def test_the_kernel_of_so_many_rows(library):
+    names = {m: type(of_the_card(library).family(m)).__name__ for m in (1, 8, 9, 16, 17, 128, 200)}
+    assert names == dict.fromkeys((1, 8), "W4Matmul") | dict.fromkeys((9, 16, 17, 128, 200), "W4Hopper")
+    for other in (of_the_card(library, "bias"), of_the_card(library, cc=(8, 0)), of_the_card(library, cc=(12, 0))):
+        assert {variant.factory for variant in other.variants} == {"w4_matmul"}
+    assert {variant.factory for variant in of_the_card(library).variants} == {"w4_matmul", "w4_hopper"}
+    with pytest.raises(ValueError, match="1 to 200 rows, 201 were given"):
+        of_the_card(library).family(201)
+    with pytest.raises(ValueError, match=r"9\.0 alone, not 8\.0"):
+        W4Hopper(library, 96, 256, 128, "zero", "bfloat16", cc=(8, 0), multiprocessors=4, max_m=9)
+    with pytest.raises(ValueError, match="form zero, not bias"):
+        W4Hopper(library, 96, 256, 128, "bias", "bfloat16", multiprocessors=4, max_m=9)
+
+
+@pytest.mark.parametrize("m", [8, 9, 17])
+def test_either_kernel_gives_the_product(library, m):
+    op, weight = of_the_card(library, max_m=20, out_dtype="float32"), random_w4(96, 256, 128)
+    x, bias, scratch = torch.randn(m, 256).to(torch.bfloat16), torch.randn(96), torch.full((op.scratch_floats + 1,), NAN)
+    out = torch.full((m, 96), NAN)
+    parts = op(x, packed(library, weight), out, scratch, bias)
+    got = out if parts is out else parts.sum(0)
+    assert error(got, x.double() @ tensor(w4.dequantize(weight)).double().T + bias.double()) < 1e-6
+
+
+def test_every_launch_of_the_table_fits():
+    for bucket in HOPPER_BUCKETS:
+        assert {f"{bucket} rows, narrow", f"{bucket} rows, wide"} <= HOPPER.keys()
+    for launch in HOPPER.values():
+        for group in (32, 64, 128):
+            assert launch.shared_bytes(group) <= most_shared(CC)
+            Variant("engine.cuda.w4_hopper", "w4_hopper", (group, "float16", "float32", *launch.constants)).make()
+    assert hopper_launch(30, 6144, 4096) == HOPPER["32 6144 4096"] and hopper_launch(500, 8192, 64) == HOPPER["256 rows, wide"]
+    found = list(hopper_candidates(60, 4096, 128))
+    assert {launch.rows for launch in found} == {64} and HOPPER["64 rows, narrow"] in found
+
+
+@pytest.mark.parametrize("cc", [(8, 0), (8, 9), CC, (12, 0)])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (28672, 4096), (96, 512)])
+def test_the_plan_counts_the_parts_of_every_product(library, cc, n, k):
+    made = [
+        W4ByRows(library, n, k, 128, form, "bfloat16", cc=cc, multiprocessors=mps, max_m=max_m).scratch_floats
+        for form in ("zero", "bias") for mps in (4, 148) for max_m in (1, 30, dense_from(cc, form, resident=False) - 1)
+    ]  # fmt: skip
+    assert max(made) == most_part_floats(cc, 148, n, k, 128) < 3 << 20
+    assert most_part_floats((7, 5), 40, n, k, 128) == 0
 
 
 @pytest.mark.parametrize("made", [HopperLaunch(64, 2, 2, 3, 5, 2)])

@@ -1,0 +1,61 @@
+"""The product of one 4-bit weight, by whichever kernel is the quickest for the rows of x (`tuning.w4_kernel`).
+
+    compute capability 9.0, pairs of the form zero     w4_matmul for few rows, w4_hopper for more
+    others from 8.0 on                                 w4_matmul
+
+Where a dense product is quicker than both is `tuning.dense_from`; who holds the dense weight decides that (`linear.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.cuda.launch import Library
+from engine.cuda.tuning import w4_kernel
+from engine.cuda.w4_hopper import W4Hopper
+from engine.cuda.w4_layout import W4Device
+from engine.cuda.w4_matmul import W4Matmul
+from engine.cuda.w4_product import W4Product
+
+FAMILIES: dict[str, type[W4Matmul] | type[W4Hopper]] = {"w4_matmul": W4Matmul, "w4_hopper": W4Hopper}
+
+
+class W4ByRows:
+    """As `engine.cuda.w4_product.W4Product`, for x of 1 to max_m rows."""
+
+    def __init__(
+        self,
+        library: Library,
+        n: int,
+        k: int,
+        group: int,
+        form: str,
+        dtype: str,
+        *,
+        cc: tuple[int, int],
+        multiprocessors: int,
+        max_m: int,
+        out_dtype: str = "",
+    ) -> None:
+        most = {w4_kernel(cc, form, m): m for m in range(1, max_m + 1)}  # kernel -> the most rows it gets
+        made: dict[str, W4Product] = {
+            name: FAMILIES[name](
+                library, n, k, group, form, dtype, cc=cc, multiprocessors=multiprocessors, max_m=rows, out_dtype=out_dtype
+            )
+            for name, rows in most.items()
+        }  # fmt: skip
+        self.max_m = max_m
+        self.variants = tuple(variant for product in made.values() for variant in product.variants)
+        self.scratch_floats = max(product.scratch_floats for product in made.values())
+        self._of = {m: made[w4_kernel(cc, form, m)] for m in range(1, max_m + 1)}
+
+    def family(self, m: int) -> W4Product:
+        """Whose kernel serves m rows."""
+        if m not in self._of:
+            raise ValueError(f"this product was made for 1 to {self.max_m} rows, {m} were given")
+        return self._of[m]
+
+    def __call__(
+        self, x: torch.Tensor, weight: W4Device, out: torch.Tensor, scratch: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.family(len(x))(x, weight, out, scratch, bias)

@@ -22,7 +22,6 @@ when a rank is gone is the process that started the ranks. A ring (NCCL) takes s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from engine.parallel import Ranks
 
 log = logging.getLogger("numbatch.engine")
 UNIT = 4  # numbers of 16 bytes
-TOGETHER = 4  # units that a thread waits for at a time
+MOST_HELD = 4  # units of all ranks that a thread holds while it waits
 TURNS = 3
 EMPTY = 0xFFFFFFFF  # no number yet
 NO_NUMBER = 0x7FFFFFFF  # what is sent in its place: the NaN that sums give anyway
@@ -55,9 +54,12 @@ def summed_norm(hidden: int, dtype: str, size: int, add: str, blocks: int, threa
     units = hidden // UNIT
     share = -(-units // blocks)  # units that a thread block adds up
     rounds, share_rounds = -(-units // threads), -(-share // threads)  # units of a thread
-    numbers, row_bytes, parted, zero = UNIT * rounds, 4 * hidden, add == "parts", f32(0.0)
-    own_numbers, held, inverse = UNIT * share_rounds, UNIT * TOGETHER, f32(1.0 / hidden)
-    weights_first = rounds <= 2  # they wait in registers
+    together = min(2, rounds, max(1, MOST_HELD // size))  # units that a thread waits for at a time
+    batches = -(-rounds // together)
+    held_all = batches == 1  # the row stays in registers; else it goes through the residual stream
+    keeps_own = blocks == 1 and held_all  # its own sum too; else it sends it to itself
+    numbers, own_numbers, held = UNIT * together, UNIT * share_rounds if keeps_own else UNIT, UNIT * together * size
+    row_bytes, parted, zero, inverse = 4 * hidden, add == "parts", f32(0.0), f32(1.0 / hidden)
     add_parts, add_up = part_adder(UNIT), block_adder(threads)
 
     @cuda.jit(device=True, inline="always")
@@ -80,71 +82,61 @@ def summed_norm(hidden: int, dtype: str, size: int, add: str, blocks: int, threa
         return u64(u32(u32(turn * u32(size) + u32(rank)) * u32(room)) + u32(row)) * u64(row_bytes)
 
     @cuda.jit(device=True, inline="always")
-    def load_row(at_row: Any, values: Any) -> None:
-        """float32 numbers of a row, 0 beyond it."""
-        thread = i32(cuda.threadIdx.x)
-        for i in range(rounds):
-            at = thread + i32(i * threads)
+    def load_batch(row: Any, begin: Any, values: Any) -> None:
+        """float32 numbers of the thread's units from the `begin`-th on, 0 beyond the row."""
+        for i in range(together):
+            at = i32(cuda.threadIdx.x) + i32((begin + i) * threads)
             if at < i32(units):
-                w = ptx.load_128(at_row + u64(u32(at) * u32(16)))
+                w = ptx.load_128(row + u64(u32(at) * u32(16)))
                 for e in range(UNIT):
                     values[UNIT * i + e] = ptx.float_of_bits(w[e])
             else:
                 for e in range(UNIT):
                     values[UNIT * i + e] = zero
 
-    def slots_adder(first: int) -> Callable[..., None]:
-        """Of TOGETHER of the pairs (unit i of a thread, rank r) = (pair // size, pair % size), from `first` on, and those behind them."""
-        last = min(first + TOGETHER, size * rounds)
-        others = slots_adder(last) if last < size * rounds else None
-
-        @cuda.jit(device=True, inline="always")
-        def add_slots(values: Any, own: Any, mine: Any, turn: Any, rank: Any, row: Any, room: Any) -> None:
-            """values += what all ranks sent, once it is there; `own` in the place of what this one would have sent to itself."""
-            thread = i32(cuda.threadIdx.x)
-            words = cuda.local.array(held, u32)
-            missing = u32(1)
-            while missing != u32(0):
-                missing = u32(0)
-                for p in range(last - first):
-                    i, r = (first + p) // size, (first + p) % size
-                    at = thread + i32(i * threads)
-                    if at < i32(units) and (blocks > 1 or i32(r) != rank):
+    @cuda.jit(device=True, inline="always")
+    def add_slots(values: Any, begin: Any, own: Any, mine: Any, turn: Any, rank: Any, row: Any, room: Any) -> None:
+        """values += what all ranks sent, once it is there; `own` in the place of what this one would have sent to itself."""
+        words = cuda.local.array(held, u32)
+        missing = u32(1)
+        while missing != u32(0):
+            missing = u32(0)
+            for i in range(together):
+                at = i32(cuda.threadIdx.x) + i32((begin + i) * threads)
+                for r in range(size):
+                    n = UNIT * (size * i + r)
+                    if at >= i32(units):
+                        for e in range(UNIT):
+                            words[n + e] = u32(0)
+                    elif keeps_own and i32(r) == rank:
+                        for e in range(UNIT):
+                            words[n + e] = bits(own[UNIT * i + e])
+                    else:
                         w = receive(mine + slot(turn, r, row, room) + u64(u32(at) * u32(16)))
                         for e in range(UNIT):
-                            words[UNIT * p + e] = w[e]
+                            words[n + e] = w[e]
                             missing |= u32(1) if w[e] == u32(EMPTY) else u32(0)
-                    elif blocks == 1:
-                        for e in range(UNIT):
-                            words[UNIT * p + e] = bits(own[UNIT * i + e])
-                    else:
-                        for e in range(UNIT):
-                            words[UNIT * p + e] = u32(0)
-            for p in range(last - first):
+        for i in range(together):
+            for r in range(size):
                 for e in range(UNIT):
-                    values[UNIT * ((first + p) // size) + e] += ptx.float_of_bits(words[UNIT * p + e])
-            if others is not None:
-                others(values, own, mine, turn, rank, row, room)
-
-        return add_slots
+                    values[UNIT * i + e] += ptx.float_of_bits(words[UNIT * (size * i + r) + e])
 
     @cuda.jit(device=True, inline="always")
-    def store_normed(values: Any, weights: Any, stream: Any, out: Any, eps: Any, partial: Any) -> None:
-        thread = i32(cuda.threadIdx.x)
-        total = zero
-        for i in range(numbers):
-            total += values[i] * values[i]
-        scale = ptx.rsqrt(add_up(total, partial) * inverse + eps)
-        for i in range(rounds):
-            at, n = thread + i32(i * threads), UNIT * i
+    def store_batch(row: Any, begin: Any, values: Any) -> None:
+        for i in range(together):
+            at, n = i32(cuda.threadIdx.x) + i32((begin + i) * threads), UNIT * i
             if at < i32(units):
-                to = stream + u64(u32(at) * u32(16))
+                to = row + u64(u32(at) * u32(16))
                 ptx.store_128(to, bits(values[n]), bits(values[n + 1]), bits(values[n + 2]), bits(values[n + 3]))
+
+    @cuda.jit(device=True, inline="always")
+    def store_normed(out: Any, begin: Any, values: Any, weights: Any, scale: Any) -> None:
+        for i in range(together):
+            at, n = i32(cuda.threadIdx.x) + i32((begin + i) * threads), UNIT * i
+            if at < i32(units):
                 a = pack(values[n] * scale * weights[n], values[n + 1] * scale * weights[n + 1])
                 b = pack(values[n + 2] * scale * weights[n + 2], values[n + 3] * scale * weights[n + 3])
                 ptx.store_64(out + u64(u32(at) * u32(8)), a, b)
-
-    add_slots = slots_adder(0)
 
     def kernel(x, count, stride, residual, weight, out, eps, slots, turns, rank, room):  # type: ignore[no-untyped-def]
         ptx.next_may_begin()
@@ -163,23 +155,23 @@ def summed_norm(hidden: int, dtype: str, size: int, add: str, blocks: int, threa
         else:
             source = ptx.address(x) + (ahead + u64(row)) * u64(row_bytes // 2)
         mine = slots[rank]
-        if weights_first and block == 0:
-            load_row(ptx.address(weight), weights)
+        if held_all and block == 0:
+            load_batch(ptx.address(weight), 0, weights)
         ptx.after_previous()
         turn = u32(ptx.load_32(place))
         stale = turn + u32(2) if turn == u32(0) else turn - u32(1)
-        if block == 0:
-            load_row(stream, values)
+        if held_all and block == 0:
+            load_batch(stream, 0, values)
 
         for i in range(share_rounds):
             inner = thread + i32(i * threads)
             at = block * i32(share) + inner
             if inner < i32(share) and at < i32(units):
-                own_sum(source, at, count, stride, own, UNIT * i)
-                n = UNIT * i
+                n = UNIT * i if keeps_own else 0
+                own_sum(source, at, count, stride, own, n)
                 to = slot(turn, rank, row, room) + u64(u32(at) * u32(16))
                 for r in range(size):
-                    if blocks > 1 or i32(r) != rank:
+                    if not keeps_own or i32(r) != rank:
                         send(slots[r] + to, sendable(own[n]), sendable(own[n + 1]), sendable(own[n + 2]), sendable(own[n + 3]))
         for i in range(share_rounds):
             inner = thread + i32(i * threads)
@@ -189,21 +181,31 @@ def summed_norm(hidden: int, dtype: str, size: int, add: str, blocks: int, threa
                     to = mine + slot(stale, r, row, room) + u64(u32(at) * u32(16))
                     ptx.store_128(to, u32(EMPTY), u32(EMPTY), u32(EMPTY), u32(EMPTY))
         if block == 0:
-            add_slots(values, own, mine, turn, rank, row, room)
+            total = zero
+            for b in range(batches):
+                if not held_all:
+                    load_batch(stream, b * together, values)
+                add_slots(values, b * together, own, mine, turn, rank, row, room)
+                store_batch(stream, b * together, values)
+                for i in range(numbers):
+                    total += values[i] * values[i]
             cuda.syncthreads()  # everything of the row was received, so all of its thread blocks have read its turn
             if thread == i32(0):
                 ptx.store_32(place, u32(0) if turn == u32(TURNS - 1) else turn + u32(1))
-            if not weights_first:
-                load_row(ptx.address(weight), weights)
-            store_normed(values, weights, stream, target, eps, partial)
+            scale = ptx.rsqrt(add_up(total, partial) * inverse + eps)
+            for b in range(batches):
+                if not held_all:
+                    load_batch(stream, b * together, values)
+                    load_batch(ptx.address(weight), b * together, weights)
+                store_normed(target, b * together, values, weights, scale)
 
     arguments = (WORDS, u32, u64, WORDS, FLOATS, WORDS, f32, ADDRESSES, WORDS, i32, i32)
     return Kernel(kernel, arguments, threads, early=True)
 
 
 def sum_threads(hidden: int) -> int:
-    """Of a row's thread block: a unit or two each, of wide rows up to eight, in more registers."""
-    return min(1024 if hidden <= 8192 else 512, -(-hidden // UNIT // 32) * 32)
+    """Of a row's thread block: a unit each, at most 1024."""
+    return min(1024, -(-hidden // UNIT // 32) * 32)
 
 
 def most_rows(hidden: int, size: int, multiprocessors: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from engine.cuda.all_reduce import TURNS, Peers, SummedNorm
+from engine.cuda.all_reduce import Peers, SummedNorm
 from engine.cuda.attention_portable import PortableAttention
 from engine.cuda.ceilings import SHAPES, Nothing, Read
 from engine.cuda.elementwise import AddRmsNorm, ApplyUpdates, Embed, RmsNorm, SiluMul, TakeRows
@@ -123,7 +123,7 @@ def variants(sm: int, models: Sequence[Model] = MODELS) -> list[Variant]:
             for dtype in dtypes:
                 plain += operations(library, device, model, dtype)
         if device.cc >= OLDEST_MMA:
-            none = Peers(torch.zeros(TURNS, 1, 1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+            none = Peers(torch.zeros(1, 1, 1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
             plain += [SummedNorm(library, hidden, "bfloat16", 0, size, none, device.multiprocessors) for hidden, size in SUMMED]
         for operation in plain:
             found |= dict.fromkeys(operation.variants)

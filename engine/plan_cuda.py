@@ -30,6 +30,8 @@ INPUTS_PER_TOKEN = 5  # int32: its slot, its position, and room for a step's row
 SECTIONS = 64  # most sections of a context in decode attention
 MULTIPROCESSORS = 148  # of the largest card so far
 THREAD_BLOCKS = 2 * MULTIPROCESSORS  # of decode attention
+SUM_BYTES = 4 * MIB  # that a rank sends to the others in one sum of few rows (an estimate)
+SUM_TURNS = 3  # slots of so many sums
 PLANNED_CC = (9, 0)  # where no card is here to ask
 FP8_SINCE, INT8_SINCE, FP8_BLOCKS_ON = (8, 9), (8, 0), (9, 0)  # compute capabilities
 EIGHT_BIT_PIECE = 1024  # rows of an int8 product at a time
@@ -204,6 +206,16 @@ def state_bytes(slots: int, length: int, block_seq_len: int) -> int:
     return 4 * (slots + 1) * (length + 1 + -(-(length + 1) // block_seq_len))
 
 
+def summed_rows(hidden: int, tp: int) -> int:
+    """Most rows of a sum over ranks that goes through their own memory (`engine/cuda/all_reduce.py`); larger ones go to NCCL."""
+    return SUM_BYTES // (4 * hidden * (tp - 1)) if tp > 1 else 0
+
+
+def summed_bytes(hidden: int, tp: int) -> int:
+    """Of the slots for such sums, float32, of each rank's rows, three times."""
+    return 4 * SUM_TURNS * tp * summed_rows(hidden, tp) * hidden
+
+
 def sampling_bytes(slots: int, vocab: int) -> int:
     """How often each id was seen (uint16) and which may come (a bit) for every slot and a dummy one, and a copy of the logits
     before they are edited (float32) (`engine/cuda/sampling_kernels.py`)."""
@@ -230,6 +242,7 @@ def workspace(
         "activations in another order": 2 * tokens * quantized.ordered if quantized else 0,
         "split products": quantized.split_bytes if quantized else 0,
         "split attention": attention_bytes(spec, share),
+        "sums over ranks": summed_bytes(spec.hidden_size, knobs.tp),
         "sampling": sampling_bytes(slots, spec.vocab_size),
         "batch tables": state_bytes(slots, length, config.cache.cache_block_seq_len),
         "inputs of a step": 4 * INPUTS_PER_TOKEN * tokens,

@@ -32,14 +32,13 @@ from engine.cuda.launch import Kernel, Library, Variant
 from engine.cuda.parts import DTYPES, PACK, check_parts, part_adder, part_arguments
 from engine.cuda.target import cuda, pointer, types
 from engine.parallel import Ranks
+from engine.plan_cuda import SUM_TURNS, summed_rows
 
 log = logging.getLogger("numbatch.engine")
 UNIT = 4  # numbers of 16 bytes
 MOST_HELD = 4  # units of all ranks that a thread holds while it waits
-TURNS = 3
 EMPTY = 0xFFFFFFFF  # no number yet
 NO_NUMBER = 0x7FFFFFFF  # what is sent in its place: the NaN that sums give anyway
-MAX_SENT = 4 << 20  # bytes that a card sends to the others in one sum; larger ones go to NCCL (an estimate)
 FEW_ROWS, FEW_ROWS_BLOCKS = 4, 4  # thread blocks of a row while there are few rows (estimates)
 i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
 WORDS, FLOATS, ADDRESSES = pointer(u32), pointer(f32), pointer(u64)
@@ -191,7 +190,7 @@ def summed_norm(hidden: int, dtype: str, size: int, add: str, blocks: int, threa
                     total += values[i] * values[i]
             cuda.syncthreads()  # everything of the row was received, so all of its thread blocks have read its turn
             if thread == i32(0):
-                ptx.store_32(place, u32(0) if turn == u32(TURNS - 1) else turn + u32(1))
+                ptx.store_32(place, u32(0) if turn == u32(SUM_TURNS - 1) else turn + u32(1))
             scale = ptx.rsqrt(add_up(total, partial) * inverse + eps)
             for b in range(batches):
                 if not held_all:
@@ -210,12 +209,12 @@ def sum_threads(hidden: int) -> int:
 
 def most_rows(hidden: int, size: int, multiprocessors: int) -> int:
     """Of one sum: all its thread blocks run at the same time."""
-    return min(MAX_SENT // (4 * hidden * (size - 1)), multiprocessors)
+    return min(summed_rows(hidden, size), multiprocessors)
 
 
 def summed_norm_of(library: Library, device: Any, ranks: Ranks, hidden: int, dtype: str) -> SummedNorm | None:
     """None where there is one rank, or the cards cannot reach each other's memory: then every sum is NCCL's."""
-    room = most_rows(hidden, ranks.size, device.multiprocessors) if ranks.size > 1 else 0
+    room = most_rows(hidden, ranks.size, device.multiprocessors)
     if device.torch_device.type != "cuda" or room < 1 or hidden > MAX_HIDDEN:
         return None
     try:
@@ -284,10 +283,10 @@ class Peers:
         """Through torch's symmetric memory (NVLink or PCIe peer access). RuntimeError where there is none."""
         from torch.distributed import _symmetric_memory as symmetric
 
-        own = symmetric.empty(TURNS * ranks.size * room * hidden, dtype=torch.int32, device=device)
+        own = symmetric.empty(SUM_TURNS * ranks.size * room * hidden, dtype=torch.int32, device=device)
         own.fill_(-1)
         torch.cuda.synchronize(device)
         handle = symmetric.rendezvous(own, ranks.group)
         slots = torch.tensor([int(address) for address in handle.buffer_ptrs], dtype=torch.int64, device=device)
         handle.barrier()  # nobody sends anything before all slots are empty
-        return cls(own.view(TURNS, ranks.size, room, hidden), slots)
+        return cls(own.view(SUM_TURNS, ranks.size, room, hidden), slots)

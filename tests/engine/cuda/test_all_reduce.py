@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from engine import reference
-from engine.cuda.all_reduce import EMPTY, TURNS, Peers, SummedNorm, most_rows, sum_threads
+from engine.cuda.all_reduce import EMPTY, Peers, SummedNorm, most_rows, sum_threads
 from engine.cuda.elementwise import AddRmsNorm
 from engine.cuda.launch import Library, Variant, assemble, to_ptx
 from engine.cuda.target import PTX_ARCHITECTURES
+from engine.plan_cuda import SUM_TURNS
 from tests.ptx.device import KERNELS, EmulatedDevice
 from tests.ptx.emulator import Emulator, Memory
 
@@ -25,7 +26,7 @@ class Cards:
     def __init__(self, size: int, hidden: int, dtype: str, room: int, threads: int = 0) -> None:
         self.size, self.hidden, self.dtype, self.room = size, hidden, dtype, room
         self.threads = threads or sum_threads(hidden)
-        self.slots = torch.full((size, TURNS, size, room, hidden), -1, dtype=torch.int32)
+        self.slots = torch.full((size, SUM_TURNS, size, room, hidden), -1, dtype=torch.int32)
         self.turns = torch.zeros((size, room), dtype=torch.int32)
         self.emulators: dict[Variant, Emulator] = {}
 
@@ -54,7 +55,7 @@ class Cards:
         """Whether the slots of the next turn of every row, and of the one after it, are empty."""
         rows = range(self.room)
         return all(
-            bool((self.slots[:, (int(self.turns[0, row]) + ahead) % TURNS, :, row] == -1).all()) for row in rows for ahead in range(TURNS - 1)
+            bool((self.slots[:, (int(self.turns[0, row]) + ahead) % SUM_TURNS, :, row] == -1).all()) for row in rows for ahead in range(SUM_TURNS - 1)
         )
 
 
@@ -99,7 +100,7 @@ def test_every_card_adds_the_same_sum_and_norms_it_time_after_time(size, hidden,
     for seed, (rows, parts, blocks) in enumerate(launches):
         check(cards, rows, parts, blocks, seed)
         sums[:rows] += 1
-        assert (cards.turns == sums % TURNS).all() and cards.clean()
+        assert (cards.turns == sums % SUM_TURNS).all() and cards.clean()
 
 
 def test_any_bits_arrive():
@@ -124,8 +125,8 @@ def test_it_needs_neither_stack_nor_spills(cc: tuple[int, int]) -> None:
 @pytest.fixture
 def alone() -> SummedNorm:
     """Of one card, which sends to itself."""
-    words = torch.full((2 + TURNS * 5 * 32,), -1, dtype=torch.int64)  # in one piece with its address: what the emulator lets it reach
-    own = words[2:].view(torch.int32).view(TURNS, 1, 5, 64)
+    words = torch.full((2 + SUM_TURNS * 5 * 32,), -1, dtype=torch.int64)  # in one piece with its address: what the emulator lets it reach
+    own = words[2:].view(torch.int32).view(SUM_TURNS, 1, 5, 64)
     words[0] = own.data_ptr()
     return SummedNorm(Library(EmulatedDevice(), KERNELS), 64, "bfloat16", 0, 1, Peers(own, words), 16)
 

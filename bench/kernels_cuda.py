@@ -237,46 +237,55 @@ class CudaBench:
 
     # -- attention --------------------------------------------------------------------------------------------------------
 
-    def pools(self, blocks: int, seen_bytes: float) -> list[torch.Tensor]:
-        """Layers' pools of random K and V, as many as the cache cannot hold."""
+    def layout(self, bits: int) -> KVLayout:
+        """Of a pool of one layer; bits: of a quantized one, else 0."""
         s = self.shapes
-        return [self.random(blocks + 1, 2, s.kv_heads, s.block_seq_len, s.head_dim) for _ in range(copies(seen_bytes))]
+        return KVLayout(1, s.kv_heads, s.head_dim, s.block_seq_len, self.dtype, bits)
 
-    def tables(self, rows: int, context: int) -> np.ndarray:
-        """int32 [rows, blocks of a row]: blocks in random order."""
-        blocks = -(-context // self.shapes.block_seq_len)
-        return self.rng.permutation(rows * blocks).astype(np.int32).reshape(rows, blocks)
+    def kv_bytes(self, tokens: int, bits: int) -> float:
+        """K and V of so many tokens in one layer, scales and zeros in it."""
+        return tokens * self.layout(bits).layer_block_bytes / self.shapes.block_seq_len
 
-    def code_pools(self, blocks: int, seen_bytes: float, layout: KVLayout) -> list[torch.Tensor]:
-        """The same of random codes, with scales of 1 / 16 to 1 / 8 and zeros of that size."""
-        made, place = [], {"device": self.device.torch_device, "generator": self.generator}
+    def some_pools(self, blocks: int, bits: int, count: int) -> list[torch.Tensor]:
+        """Layers' pools of random K and V, or of random codes with scales of 1 / 16 to 1 / 8 and zeros of that size."""
+        s, layout, made = self.shapes, self.layout(bits), []
+        if not bits:
+            return [self.random(blocks + 1, 2, s.kv_heads, s.block_seq_len, s.head_dim) for _ in range(count)]
+        place = {"device": self.device.torch_device, "generator": self.generator}
         pairs = slice(layout.pairs_at, layout.pairs_at + 8 * layout.num_kv_heads * layout.block_seq_len)
-        for _ in range(copies(seen_bytes)):
+        for _ in range(count):
             pool = torch.randint(0, 256, (blocks + 1, layout.layer_block_bytes), dtype=torch.uint8, **place)
             words = torch.randint(0, 128, (blocks + 1, pairs.stop // 4 - pairs.start // 4), dtype=torch.int32, **place)
             pool[:, pairs] = (words | 0x3D803D80).view(torch.uint8).view(len(pool), -1)  # bfloat16: 7 random bits of the scale
             made.append(pool)
         return made
 
-    def attended(
-        self, q: torch.Tensor, pool: torch.Tensor, table: np.ndarray, positions: np.ndarray, layout: KVLayout | None = None
-    ) -> np.ndarray:
-        """The reference's answer for queries [n, heads, head_dim] of one row at `positions`; layout: of a quantized pool."""
+    def tables(self, rows: int, context: int) -> np.ndarray:
+        """int32 [rows, blocks of a row]: blocks in random order."""
+        blocks = -(-context // self.shapes.block_seq_len)
+        return self.rng.permutation(rows * blocks).astype(np.int32).reshape(rows, blocks)
+
+    def attended(self, q: torch.Tensor, pool: torch.Tensor, table: np.ndarray, positions: np.ndarray, bits: int) -> np.ndarray:
+        """The reference's answer for queries [n, heads, head_dim] of one row at `positions`; bits: of a quantized pool, else 0."""
         own = pool[torch.from_numpy(table).long().to(pool.device)].cpu()
-        blocks = own.float().numpy() if layout is None else kv_quant.values(own.numpy(), layout)
+        blocks = kv_quant.values(own.numpy(), self.layout(bits)) if bits else own.float().numpy()
         k, v = reference.gather_kv(blocks, np.arange(len(table)), int(positions[-1]) + 1)
-        return reference.attend(q.float().cpu().numpy(), k, v, positions, 0).reshape(len(positions), -1)
+        answer = reference.attend(q.float().cpu().numpy(), k, v, positions, 0)
+        return kv_quant.rotate(answer, bits).reshape(len(positions), -1)
+
+    @property
+    def all_bits(self) -> tuple[int, ...]:
+        """Of the pools that the kernels take: 0 is 16-bit."""
+        return tuple(bits for bits in (0, 8, 4) if self.shapes.head_dim * bits % 256 == 0)
 
     def decode_attention(self) -> None:
-        s = self.shapes
-        for count, context in s.decode:
-            for bits in (bits for bits in (0, 8, 4) if s.head_dim * bits % 256 == 0):  # what the kernels take
+        for count, context in self.shapes.decode:
+            for bits in self.all_bits:
                 self._decode_case(count, context, bits)
 
     def _decode_case(self, count: int, context: int, bits: int) -> None:
         """bits: of a quantized pool, else 0."""
         s = self.shapes
-        layout = KVLayout(1, s.kv_heads, s.head_dim, s.block_seq_len, self.dtype, bits)
         op = PagedDecode(
             self.library, **self._heads, block_seq_len=s.block_seq_len, dtype=self.dtype, max_rows=max(s.max_rows, count),
             multiprocessors=self.device.multiprocessors, cc=self.device.cc, bits=bits,
@@ -284,8 +293,8 @@ class CudaBench:
         self.library.load(op.variants)
         op.bind(torch.empty(op.scratch_bytes, dtype=torch.uint8, device=self.device.torch_device))
         host = self.tables(count, context)
-        kv_bytes = count * context * layout.layer_block_bytes / s.block_seq_len
-        pools = self.code_pools(host.size, kv_bytes, layout) if bits else self.pools(host.size, kv_bytes)
+        kv_bytes = self.kv_bytes(count * context, bits)
+        pools = self.some_pools(host.size, bits, copies(kv_bytes))
         tables = self.ints(host)
         q = self.random(count, (s.heads + 2 * s.kv_heads) * s.head_dim)
         out = self.poisoned(count, s.heads * s.head_dim)
@@ -295,7 +304,7 @@ class CudaBench:
         errors = []
         for row in {0, count - 1}:
             heads = q[row, : s.heads * s.head_dim].view(1, s.heads, s.head_dim)
-            true = self.attended(heads, pools[0], host[row], np.array([context - 1]), layout if bits else None)
+            true = self.attended(heads, pools[0], host[row], np.array([context - 1]), bits)
             errors.append(relative_error(out[row : row + 1], true))
         case, flop = f"{count} x {context:,}", 4.0 * count * context * s.heads * s.head_dim
         peer = peers.DECODE_ATTENTION.get((count, context))
@@ -308,17 +317,19 @@ class CudaBench:
 
     def prompt_attention(self) -> None:
         for count, length in self.shapes.prompts:
-            self._prompt_case(count, length)
+            for bits in self.all_bits:
+                self._prompt_case(count, length, bits)
 
-    def _prompt_case(self, count: int, length: int) -> None:
+    def _prompt_case(self, count: int, length: int, bits: int) -> None:
+        """bits: of a quantized pool, else 0."""
         s = self.shapes
         op = PrefillAttention(
             self.library, **self._heads, block_seq_len=s.block_seq_len, dtype=self.dtype, multiprocessors=self.device.multiprocessors,
-            cc=self.device.cc,
+            cc=self.device.cc, bits=bits,
         )  # fmt: skip
         self.library.load(op.variants)
         host = self.tables(count, length)
-        pool, tables = self.pools(host.size, 1 << 40)[0], self.ints(host)
+        pool, tables = self.some_pools(host.size, bits, 1)[0], self.ints(host)
         tokens = count * length
         q = self.random(tokens, (s.heads + 2 * s.kv_heads) * s.head_dim)
         out = self.poisoned(tokens, s.heads * s.head_dim)
@@ -329,14 +340,15 @@ class CudaBench:
         for row, first, n in ((0, 0, min(16, length)), (count - 1, max(0, length - 16), min(16, length))):
             at = slice(row * length + first, row * length + first + n)
             heads = q[at, : s.heads * s.head_dim].reshape(n, s.heads, s.head_dim)
-            errors.append(relative_error(out[at], self.attended(heads, pool, host[row], np.arange(first, first + n))))
+            true = self.attended(heads, pool, host[row], np.arange(first, first + n), bits)
+            errors.append(relative_error(out[at], true))
         case, flop = f"{count} x {length:,}", 2.0 * count * length * (length + 1) * s.heads * s.head_dim
-        kv_bytes = 4.0 * tokens * s.kv_heads * s.head_dim
+        kv_bytes = self.kv_bytes(tokens, bits)
         self.measure(
-            "prompt attention", case, [lambda: op(q, pool, tables, tiles, most, out)], nbytes=kv_bytes + 2 * out.nbytes, flop=flop,
-            error=max(errors),
+            f"prompt attention int{bits}" if bits else "prompt attention", case, [lambda: op(q, pool, tables, tiles, most, out)],
+            nbytes=kv_bytes + 2 * out.nbytes, flop=flop, error=max(errors),
         )  # fmt: skip
-        if self._peers_too and self.device.torch_device.type == "cuda":
+        if not bits and self._peers_too and self.device.torch_device.type == "cuda":
             self._torch_attention(q, count, length, case, flop)
 
     def _torch_attention(self, q: torch.Tensor, count: int, length: int, case: str, flop: float) -> None:
@@ -406,7 +418,7 @@ class CudaBench:
         s, dev = self.shapes, self.device.torch_device
         op = RopeStore(self.library, s.heads, s.kv_heads, s.head_dim, s.head_dim, s.block_seq_len, self.dtype)
         host = self.tables(1, tokens)
-        pool, tables = self.pools(host.size, 1 << 40)[0], self.ints(host)
+        pool, tables = self.some_pools(host.size, 0, 1)[0], self.ints(host)
         angles = np.outer(np.arange(tokens), 500000.0 ** (-np.arange(0, s.head_dim, 2) / s.head_dim)).astype(np.float32)
         cos, sin = (torch.from_numpy(f(angles)).to(dev) for f in (np.cos, np.sin))
         qkv = self.random(tokens, (s.heads + 2 * s.kv_heads) * s.head_dim)

@@ -1,4 +1,4 @@
-"""Rows for the tuning tables: `python -m bench.tune --budget-s 240 --out rows.jsonl [--only w4,decode,prompt]`.
+"""Rows for the tuning tables: `python -m bench.tune --budget-s 240 --out rows.jsonl [--only w4,decode_int8,...]`.
 
 Measures the launch shapes that engine/cuda/tuning.py and tuning_attention.py allow, the likeliest first, as far as the budget goes:
 several processes compile, this one checks each candidate against the reference and times it. Every measurement is a JSON line
@@ -24,7 +24,12 @@ from engine.host import usable_cores
 LEAST_S = 15.0  # not worth a new child
 CHILDREN = 6
 CACHE = Path(".cache/kernels")
-KINDS = ("w4", "decode", "prompt")
+ATTENTION = {  # kind -> table, what its rows are
+    "decode": ("DECODE", "DecodeShape"), "decode_int8": ("DECODE_QUANTIZED[8]", "DecodeShape"),
+    "decode_int4": ("DECODE_QUANTIZED[4]", "DecodeShape"), "prompt": ("PROMPT", "PromptShape"),
+    "prompt_int8": ("PROMPT_QUANTIZED[8]", "PromptShape"), "prompt_int4": ("PROMPT_QUANTIZED[4]", "PromptShape"),
+}  # fmt: skip
+KINDS = ("w4", *ATTENTION)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -66,7 +71,7 @@ def pasted(rows: Sequence[dict[str, Any]]) -> list[str]:
         elif kind == "w4 hopper":
             launch, us = min(found.items(), key=lambda item: item[1])
             lines.append(f'    "{case}": HopperLaunch({_arguments(launch)}),  # {note}: {us:.2f} us, of {len(found)}')
-    for kind, name in (("decode", "DecodeShape"), ("prompt", "PromptShape")):
+    for kind, (table, name) in ATTENTION.items():
         for head_dim in sorted({case.split()[0] for k, case in measured if k == kind}, key=int):
             cases = [found for (k, case), found in measured.items() if k == kind and case.split()[0] == head_dim]
             common = set.intersection(*(set(found) for found in cases))
@@ -74,7 +79,7 @@ def pasted(rows: Sequence[dict[str, Any]]) -> list[str]:
                 best = min(common, key=lambda launch: sum(math.log(found[launch] / min(found.values())) for found in cases))
                 lost = math.exp(sum(math.log(found[best] / min(found.values())) for found in cases) / len(cases)) - 1
                 words = f"{note}: {100 * lost:.1f} % above the best of each of {len(cases)} cases, of {len(common)}"
-                lines.append(f"    {kind.upper()}[{cc}][{head_dim}] = {name}({_arguments(best)})  # {words}")
+                lines.append(f"    {table}[{cc}][{head_dim}] = {name}({_arguments(best)})  # {words}")
     return lines
 
 
@@ -119,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bench.tune", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     p.add_argument("--budget-s", type=float, default=240.0, help="seconds for everything")
     p.add_argument("--out", type=Path, default=Path("tune.jsonl"), help="a JSON line a measurement; what is in it is not measured again")
-    p.add_argument("--only", default=",".join(KINDS), type=_kinds, help="w4, decode, prompt")
+    p.add_argument("--only", default=",".join(KINDS), type=_kinds, help=", ".join(KINDS))
     p.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     p.add_argument("--card", type=int, default=0)
     p.add_argument("--processes", type=int, default=0, help="that compile; 0: as many as cores")

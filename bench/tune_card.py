@@ -8,6 +8,7 @@ but the one it appends to.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import time
 from collections import defaultdict
@@ -22,10 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.gpu_time import Call, relative_error
+from bench.gpu_time import Call, copies, relative_error
 from bench.kernels_cuda import TOLERANCE, CudaBench, Product, Shapes, Summed
 from bench.tune import identity, read
 from engine.cuda import tuning_attention
+from engine.cuda.attention_tiles import code_tile_bytes
 from engine.cuda.launch import Kernel, Library, Variant
 from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention
@@ -47,6 +49,8 @@ from engine.cuda.w4_hopper import W4Hopper
 from engine.cuda.w4_matmul import W4Matmul
 from engine.cuda.w4_product import W4Product
 
+POOLS = (0, 8, 4)  # bits of a quantized pool, 0: 16-bit
+MOST_DECODE_WARPS = 16  # on a multiprocessor: more have too few registers each
 DECODE_CASES = ((1, 1024), (1, 32768), (8, 4096), (64, 1024), (64, 4096))
 PROMPT_CASES = ((8, 1024), (1, 8192))
 FINALISTS = 4
@@ -70,6 +74,10 @@ class Job:
     @property
     def row(self) -> dict[str, Any]:
         return {"bench": "tune", "kind": self.kind, "case": self.case, "launch": list(astuple(self.launch))}
+
+
+def _kind(of: str, bits: int) -> str:
+    return f"{of}_int{bits}" if bits else of
 
 
 class _Compiler:
@@ -105,7 +113,9 @@ class Tuner:
 
     def jobs(self, kinds: set[str]) -> list[Job]:
         """All jobs, cases in turn, the likeliest of each first."""
-        made = {"w4": self._w4, "decode": self._decode, "prompt": self._prompt}
+        made: dict[str, Callable[[], Iterator[Job]]] = {"w4": self._w4}
+        for bits in POOLS:
+            made |= {_kind("decode", bits): partial(self._decode, bits), _kind("prompt", bits): partial(self._prompt, bits)}
         cases: dict[tuple[str, str], list[Job]] = defaultdict(list)
         for kind in made.keys() & kinds:
             for job in made[kind]():
@@ -169,85 +179,102 @@ class Tuner:
         summed(x, weight.packed[0], out)  # what the first launch leaves in the scratch must not matter
         return max(error, weight.error(x, out)), [lambda p=p: summed(x, p, out) for p in weight.packed]
 
-    def _decode(self) -> Iterator[Job]:
+    def _decode(self, bits: int) -> Iterator[Job]:
+        """bits: of a quantized pool, else 0."""
         s = self.shapes
-        first = tuning_attention.decode_shape(self.device.cc, s.head_dim)
+        first = tuning_attention.decode_shape(self.device.cc, s.head_dim, bits)
         space = [DecodeShape(*x) for x in product((2, 4, 8), (2, 3, 4, 6), (1, 2, 3, 4))]
+        if bits:
+            space = [DecodeShape(*x) for x in product((2, 4, 8), (2, 3, 4, 6), (1, 2, 3, 4), (16, 32), (1, 2), (0, 8))]
         for launch in dict.fromkeys([first, *space]):
-            variants = self._variants(lambda launch=launch: self._decode_op(launch), launch.blocks)
-            promise = -1.0 if launch == first else abs(launch.warps * launch.blocks - 8) + abs(launch.stages - 3) / 4
+            if bits and not 8 <= launch.warps * launch.blocks <= MOST_DECODE_WARPS:
+                continue
+            promise = -1.0 if launch == first else self._decode_promise(launch, bits)
+            variants = self._variants(lambda launch=launch: self._decode_op(launch, bits), launch.blocks)
             for count, context in self._cases(DECODE_CASES, s.decode) if variants else ():
-                ready = partial(self._decode_ready, (count, context), launch)
-                yield Job("decode", f"{s.head_dim} {count} x {context}", launch, promise, variants, ready)
+                ready = partial(self._decode_ready, (count, context), launch, bits)
+                yield Job(_kind("decode", bits), f"{s.head_dim} {count} x {context}", launch, promise, variants, ready)
+
+    def _decode_promise(self, launch: DecodeShape, bits: int) -> float:
+        if not bits:
+            return abs(launch.warps * launch.blocks - 8) + abs(launch.stages - 3) / 4
+        flying = launch.warps * launch.blocks * (launch.stages - 1) * code_tile_bytes(self.shapes.head_dim, bits, launch.tiles)
+        filled = abs(launch.warps * launch.blocks - MOST_DECODE_WARPS) / 4 + abs(math.log2(flying / (2 * ENOUGH_IN_FLIGHT)))
+        return filled + 0.5 * (launch.sections != 32) + 0.5 * (launch.few == 0) + (launch.tiles == 1)
 
     @staticmethod
     def _cases(wanted: tuple[tuple[int, int], ...], there: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
         return tuple(case for case in wanted if case in there) or there
 
-    def _decode_op(self, launch: DecodeShape) -> PagedDecode:
+    def _decode_op(self, launch: DecodeShape, bits: int) -> PagedDecode:
         s, card = self.shapes, (self.device.multiprocessors, self.device.cc)
-        return PagedDecode(self.library, s.heads, s.kv_heads, s.head_dim, s.block_seq_len, self.dtype, s.max_rows, *card, shape=launch)
+        heads = (s.heads, s.kv_heads, s.head_dim, s.block_seq_len)
+        return PagedDecode(self.library, *heads, self.dtype, s.max_rows, *card, shape=launch, bits=bits)
 
-    def _decode_ready(self, case: tuple[int, int], launch: DecodeShape) -> tuple[float, Sequence[Call]]:
+    def _decode_ready(self, case: tuple[int, int], launch: DecodeShape, bits: int) -> tuple[float, Sequence[Call]]:
         (count, context), bench = case, self.bench
-        host, pools, tables, q, out = self._subject(("decode", case), lambda: self._decode_subject(count, context))
-        op = self._decode_op(launch)
+        host, pools, tables, q, out = self._subject(("decode", bits, case), lambda: self._decode_subject(count, context, bits))
+        op = self._decode_op(launch, bits)
         op.bind(torch.empty(op.scratch_bytes, dtype=torch.uint8, device=self.device.torch_device))
         op.schedule(bench.ints([context] * count), bench.ints(range(count)), count)
         out.fill_(torch.nan)
         op(q, pools[0], tables, out)
-        true = self._subject(("true", case), lambda: self._attended(q[count - 1 :], pools[0], host[count - 1], np.array([context - 1])))
+        true = self._subject(
+            ("true", bits, case), lambda: self._attended(q[count - 1 :], pools[0], host[count - 1], np.array([context - 1]), bits)
+        )
         error = relative_error(out[count - 1 :], true)
         calls = [lambda p=p: op(q, p, tables, out) for p in pools]
         return (float("nan") if bool(torch.isnan(out).any()) else error), calls
 
-    def _decode_subject(self, count: int, context: int) -> tuple[Any, ...]:
+    def _decode_subject(self, count: int, context: int, bits: int) -> tuple[Any, ...]:
         s, bench = self.shapes, self.bench
         host = bench.tables(count, context)
-        pools = bench.pools(host.size, 4.0 * count * context * s.kv_heads * s.head_dim)
+        pools = bench.some_pools(host.size, bits, copies(bench.kv_bytes(count * context, bits)))
         q = bench.random(count, (s.heads + 2 * s.kv_heads) * s.head_dim)
         return host, pools, bench.ints(host), q, bench.poisoned(count, s.heads * s.head_dim)
 
-    def _attended(self, q: torch.Tensor, pool: torch.Tensor, table: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def _attended(self, q: torch.Tensor, pool: torch.Tensor, table: np.ndarray, positions: np.ndarray, bits: int) -> np.ndarray:
         s = self.shapes
-        return self.bench.attended(q[:, : s.heads * s.head_dim].reshape(len(q), s.heads, s.head_dim), pool, table, positions)
+        heads = q[:, : s.heads * s.head_dim].reshape(len(q), s.heads, s.head_dim)
+        return self.bench.attended(heads, pool, table, positions, bits)
 
-    def _prompt(self) -> Iterator[Job]:
+    def _prompt(self, bits: int) -> Iterator[Job]:
+        """bits: of a quantized pool, else 0."""
         s = self.shapes
-        first = tuning_attention.prompt_shape(self.device.cc, s.head_dim)
+        first = tuning_attention.prompt_shape(self.device.cc, s.head_dim, bits)
         space = [PromptShape(*x) for x in product((4, 8), (1, 2), (16, 32, 64, 128), (2, 3), (1, 2, 3))]
         for launch in dict.fromkeys([first, *space]):
-            variants = self._variants(lambda launch=launch: self._prompt_op(launch), launch.blocks)
+            variants = self._variants(lambda launch=launch: self._prompt_op(launch, bits), launch.blocks)
             guess = abs(launch.warps * launch.tiles - 8) + abs(launch.keys - 64) / 32 + abs(launch.blocks - 2)
             for count, length in self._cases(PROMPT_CASES, s.prompts) if variants else ():
-                ready = partial(self._prompt_ready, (count, length), launch)
-                yield Job("prompt", f"{s.head_dim} {count} x {length}", launch, -1.0 if launch == first else guess, variants, ready)
+                ready = partial(self._prompt_ready, (count, length), launch, bits)
+                promise = -1.0 if launch == first else guess
+                yield Job(_kind("prompt", bits), f"{s.head_dim} {count} x {length}", launch, promise, variants, ready)
 
-    def _prompt_op(self, launch: PromptShape) -> PrefillAttention:
+    def _prompt_op(self, launch: PromptShape, bits: int) -> PrefillAttention:
         s, card = self.shapes, (self.device.multiprocessors, self.device.cc)
-        return PrefillAttention(self.library, s.heads, s.kv_heads, s.head_dim, s.block_seq_len, self.dtype, *card, shape=launch)
+        heads = (s.heads, s.kv_heads, s.head_dim, s.block_seq_len)
+        return PrefillAttention(self.library, *heads, self.dtype, *card, shape=launch, bits=bits)
 
-    def _prompt_ready(self, case: tuple[int, int], launch: PromptShape) -> tuple[float, Sequence[Call]]:
+    def _prompt_ready(self, case: tuple[int, int], launch: PromptShape, bits: int) -> tuple[float, Sequence[Call]]:
         (count, length), bench = case, self.bench
-        host, pool, tables, q, out = self._subject(("prompt", case), lambda: self._prompt_subject(count, length))
-        op = self._prompt_op(launch)
+        host, pool, tables, q, out = self._subject(("prompt", bits, case), lambda: self._prompt_subject(count, length, bits))
+        op = self._prompt_op(launch, bits)
         cut = op.tiles((row, row * length, length, 0) for row in range(count))
         most, tiles = int(cut[:, 2].max()), bench.ints(cut)
         out.fill_(torch.nan)
         op(q, pool, tables, tiles, most, out)
         checked = min(8, length)
-        true = self._subject(
-            ("true prompt", case), lambda: self._attended(q[-checked:], pool, host[count - 1], np.arange(length - checked, length))
-        )
+        seen = np.arange(length - checked, length)
+        true = self._subject(("true prompt", bits, case), lambda: self._attended(q[-checked:], pool, host[count - 1], seen, bits))
         error = float("nan") if bool(torch.isnan(out).any()) else relative_error(out[-checked:], true)
         return error, [lambda: op(q, pool, tables, tiles, most, out)]
 
-    def _prompt_subject(self, count: int, length: int) -> tuple[Any, ...]:
+    def _prompt_subject(self, count: int, length: int, bits: int) -> tuple[Any, ...]:
         s, bench = self.shapes, self.bench
         host = bench.tables(count, length)
         q = bench.random(count * length, (s.heads + 2 * s.kv_heads) * s.head_dim)
-        pool = bench.random(host.size + 1, 2, s.kv_heads, s.block_seq_len, s.head_dim)
-        return host, pool, bench.ints(host), q, bench.poisoned(count * length, s.heads * s.head_dim)
+        return host, bench.some_pools(host.size, bits, 1)[0], bench.ints(host), q, bench.poisoned(count * length, s.heads * s.head_dim)
 
     def _variants(self, make: Callable[[], Any], blocks: int) -> tuple[Variant, ...]:
         """The kernels of an operation; none where so many thread blocks' shared memory does not fit, or the shape is refused."""

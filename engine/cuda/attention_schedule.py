@@ -1,8 +1,9 @@
 """Who computes which part of a decode step's attention: one small launch a step, before the first layer. Knows no K or V.
 
-A row's positions from `base` to its context are cut into at most `sections` sections of whole strips of `strip` positions:
-by the row's context and constants alone, so that what a row's answer is summed from never depends on its batch. Work is
-then dealt out in shares of equal cost, whole sections each; a share is what one thread block computes of one KV head.
+A row's positions from `base` to its context are cut into at most `few` sections of whole strips of `strip` positions, or into
+more, at most `sections`, where those would be long (LONG strips): by the row's context and constants alone, so that what a row's
+answer is summed from never depends on its batch. Work is then dealt out in shares of equal cost, whole sections each; a share
+is what one thread block computes of one KV head.
 
     contexts, row_slots  int32 [R]
     shares  int32 [most_shares, 4]   first row, its first section, last row, the section of it to stop before; an empty share
@@ -24,12 +25,13 @@ from engine.cuda.target import cuda, pointer, types
 
 THREADS = 256
 ROW_COST = 1  # strips: a row's beginning and end cost about as much as one
+LONG = 8  # strips of a section
 ROW_INTS, SHARE_INTS = 8, 4
 i32, u32 = types.int32, types.uint32
 INTS = pointer(i32)
 
 
-def decode_schedule(strip: int, sections: int, window: int, most_shares: int, max_rows: int) -> Kernel:
+def decode_schedule(strip: int, sections: int, few: int, window: int, most_shares: int, max_rows: int) -> Kernel:
     """(contexts, row_slots, R, shares, rows); window 0: none."""
     threads = THREADS
     costs_at = 0  # costs of all rows before r; then their sections; then sums of threads; then where shares start
@@ -61,7 +63,10 @@ def decode_schedule(strip: int, sections: int, window: int, most_shares: int, ma
                 low = i32(context - i32(window))
             base = i32(over(low, i32(strip)) * i32(strip))
             strips = over(i32(i32(context - base) + i32(strip - 1)), i32(strip))
-            of_section = over(i32(strips + i32(sections - 1)), i32(sections))
+            wanted = i32(sections)
+            if few < sections:
+                wanted = i32(min(i32(max(over(strips, i32(LONG)), i32(few))), i32(sections)))
+            of_section = over(i32(strips + wanted - i32(1)), wanted)
             row_sections = over(i32(strips + of_section - i32(1)), of_section)
             at = i32(row * i32(ROW_INTS))
             rows[at], rows[at + 1], rows[at + 2], rows[at + 3] = row_slots[row], base, low, context

@@ -1,7 +1,8 @@
 """How 16 positions of K and V come from the pool into shared memory: one function for each format of the pool.
 
     one tile of 16 bits an element, in bytes   K [16, pitch] then V [16, pitch],  pitch = 2 head_dim + 16
-    one tile of a quantized pool               codes of K [16, row], of V [16, row], pairs of K [16], of V [16],  row = head_dim bits / 8
+    one tile of a quantized pool               codes of K [n, row], of V [n, row], pairs of K [n], of V [n],  row = head_dim bits / 8;
+                                               n = 16, or 32 where a warp takes two tiles at once
 
 The 16 spare bytes of a row put the eight rows that an ldmatrix reads into different banks, for every head_dim that is a
 multiple of 16. Positions outside [low, stop) become zeros: P = 0 there, and 0 times whatever a free block holds is no 0.
@@ -108,9 +109,9 @@ def sixteen_bits(kv_heads: int, head_dim: int, block_seq_len: int) -> TileCopy:
     return TileCopy(find, whole) if block_seq_len % TILE == 0 else TileCopy(found_later, scattered)
 
 
-def code_tile_bytes(head_dim: int, bits: int) -> int:
-    """Bytes of a tile of a quantized pool."""
-    return 2 * TILE * (head_dim * bits // 8 + 4)
+def code_tile_bytes(head_dim: int, bits: int, tiles: int = 1) -> int:
+    """Bytes of a tile of a quantized pool, `tiles` times as many positions."""
+    return 2 * TILE * tiles * (head_dim * bits // 8 + 4)
 
 
 def code_place(head_dim: int, bits: int) -> Any:
@@ -130,14 +131,16 @@ def code_place(head_dim: int, bits: int) -> Any:
     return place
 
 
-def quantized(kv_heads: int, head_dim: int, block_seq_len: int, bits: int) -> TileCopy:
-    """For quantized pools, uint8 [num_blocks + 1, bytes] (`engine/cache/layout.py`), and any block_seq_len."""
+def quantized(kv_heads: int, head_dim: int, block_seq_len: int, bits: int, tiles: int = 1) -> TileCopy:
+    """For quantized pools, uint8 [num_blocks + 1, bytes] (`engine/cache/layout.py`), and any block_seq_len; a tile has 16 `tiles`
+    positions."""
     layout = KVLayout(1, kv_heads, head_dim, block_seq_len, "float16", bits)
     row, block_bytes, pairs_at = layout.row_bytes, layout.layer_block_bytes, layout.pairs_at
     if row % 32:
         raise ValueError(f"{bits} bits x {head_dim} are {row} bytes a position; a multiple of 32 is needed")
-    row_pieces, copies = row // 16, TILE * row // 16 // 32
-    values_from, value_at, tile_pairs_at = kv_heads * block_seq_len, TILE * row, 2 * TILE * row
+    rows = TILE * tiles
+    row_pieces, copies, pair_copies = row // 16, rows * row // 16 // 32, 2 * rows // 32
+    values_from, value_at, tile_pairs_at = kv_heads * block_seq_len, rows * row, 2 * rows * row
     copy_16, copy_4, load_32 = ptx.copy_async_16, ptx.copy_async_4, ptx.load_32
     place = code_place(head_dim, bits)
 
@@ -157,8 +160,10 @@ def quantized(kv_heads: int, head_dim: int, block_seq_len: int, bits: int) -> Ti
                 target = u32(to + place(u32(piece // u32(row_pieces)), u32(u32(piece % u32(row_pieces)) * u32(16))))
                 copy_16(target, u64(source + u64(512 * i)))
                 copy_16(u32(target + u32(value_at)), u64(source + u64(512 * i + values_from * row)))
-            own = u32(first + u32(lane & u32(15)) + (u32(values_from) if lane >= u32(16) else u32(0)))
-            copy_4(u32(to + u32(tile_pairs_at) + lane * u32(4)), u64(block + u64(u32(u32(pairs_at) + own * u32(4)))))
+            for i in range(pair_copies):
+                pair = u32(lane + u32(32 * i))
+                own = u32(first + pair) if pair < u32(rows) else u32(first + u32(pair + u32(values_from - rows)))
+                copy_4(u32(to + u32(tile_pairs_at) + pair * u32(4)), u64(block + u64(u32(u32(pairs_at) + own * u32(4)))))
 
     @cuda.jit(device=True, inline="always")
     def found_later(table, position, stop):  # type: ignore[no-untyped-def]
@@ -182,8 +187,11 @@ def quantized(kv_heads: int, head_dim: int, block_seq_len: int, bits: int) -> Ti
                 source, target = u64(block + u64(u32(first * u32(row) + byte))), u32(to + place(offset, byte))
                 copy_16(target, source)
                 copy_16(u32(target + u32(value_at)), u64(source + u64(values_from * row)))
-            block, first = block_and_row(kv, table, head, i32(position + i32(lane & u32(15))), stop)
-            own = u32(first + (u32(values_from) if lane >= u32(16) else u32(0)))
-            copy_4(u32(to + u32(tile_pairs_at) + lane * u32(4)), u64(block + u64(u32(u32(pairs_at) + own * u32(4)))))
+            for i in range(pair_copies):
+                pair = u32(lane + u32(32 * i))
+                of_v = pair >= u32(rows)
+                block, first = block_and_row(kv, table, head, i32(position + i32(u32(pair - u32(rows)) if of_v else pair)), stop)
+                own = u32(first + (u32(values_from) if of_v else u32(0)))
+                copy_4(u32(to + u32(tile_pairs_at) + pair * u32(4)), u64(block + u64(u32(u32(pairs_at) + own * u32(4)))))
 
-    return TileCopy(find, whole) if block_seq_len % TILE == 0 else TileCopy(found_later, scattered)
+    return TileCopy(find, whole) if block_seq_len % rows == 0 else TileCopy(found_later, scattered)

@@ -34,6 +34,7 @@ Measured on an H200 (32 heads over 8 of 128; 22 launch shapes, bench/LOG.md): 8.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -56,6 +57,7 @@ FEW_SETS = 4  # head sets: with these or fewer, twice as many sections
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ROW, STRIP, END, BASE, LOW, STOP = range(6)  # what a warp copies next: row, strip, strip to stop before; of that row the rest
 MOST_PIECES = 4  # of 4 numerators that a thread folds
+MOST_RECORDS = 128  # of sections, a multiprocessor, where a shape leaves the choice; memory (`engine/plan_cuda.py`)
 BATCH = 8  # sections whose partials are in flight at a time
 
 
@@ -72,17 +74,20 @@ def record_floats(set_heads: int, head_dim: int) -> int:
 
 def paged_decode(
     kv_heads: int, group: int, head_dim: int, block_seq_len: int, dtype: str, sections: int, warps: int, stages: int, blocks: int,
-    bits: int = 0,
+    bits: int = 0, tiles: int = 1,
 ) -> Kernel:  # fmt: skip
     """(q, elements between rows, pool of a layer, tables, entries of a slot, shares, rows, partials, counters, out); bits: of a
-    quantized pool, else 0."""
+    quantized pool, else 0; tiles: of 16 positions that a warp takes at once."""
+    if tiles > 1 and not bits:
+        raise ValueError(f"{tiles} tiles at once: a pool of 16 bits an element is read one tile at a time")
     set_heads = heads_of_set(group, head_dim, warps)
     sets_of_kv = -(-group // set_heads)
     sets = kv_heads * sets_of_kv
     columns = -(-set_heads // 8)  # tiles of 8 heads
     steps = head_dim // 16  # tiles of 16 dims
     row_pitch, value_at = pitch(head_dim), TILE * pitch(head_dim)
-    slot_bytes = code_tile_bytes(head_dim, bits) if bits else tile_bytes(head_dim)
+    slot_bytes = code_tile_bytes(head_dim, bits, tiles) if bits else tile_bytes(head_dim)
+    taken = TILE * tiles  # positions
     threads = 32 * warps
     slots_bytes = stages * slot_bytes
     # what a warp leaves in the slot it read last: numerators [set_heads, head_dim + 4 floats], then maxima and denominators
@@ -100,10 +105,12 @@ def paged_decode(
     scale = f32(head_dim**-0.5 * LOG2_E)
     nothing, zero = f32(NOTHING), f32(0.0)
     mma, pack, wait = ptx.MMA[dtype], ptx.PACK[dtype], ptx.COPY_WAIT[stages - 1]
-    pool_format = quantized(kv_heads, head_dim, block_seq_len, bits) if bits else sixteen_bits(kv_heads, head_dim, block_seq_len)
+    pool_format = sixteen_bits(kv_heads, head_dim, block_seq_len)
+    if bits:
+        pool_format = quantized(kv_heads, head_dim, block_seq_len, bits, tiles)
     find_tile, copy_tile = pool_format.find, pool_format.copy
     query_words, fragments, totals = columns * steps * 2, columns * steps * 4, pieces * 4
-    score_words = columns * 4
+    score_words, weight_words = tiles * columns * 4, tiles * columns * 2
     column_words = columns * 2
     batch = BATCH
     batch_totals, batch_pairs = batch * 4, batch * 2
@@ -113,10 +120,8 @@ def paged_decode(
         raise ValueError(f"head_dim {head_dim}: a slot of {slot_bytes} bytes does not hold a warp's sums")
 
     @cuda.jit(device=True, inline="always")
-    def queue_tile(
-        cursor, table, to, first_row, first_section, last_row, last_stop, tables, table_stride, rows, kv, kv_head, lane, warp, ring
-    ):  # type: ignore[no-untyped-def]
-        """Queue the copy of the warp's next tile, if one is left, and close the group."""
+    def find_next(cursor, table, found, first_row, first_section, last_row, last_stop, tables, table_stride, rows, warp):  # type: ignore[no-untyped-def]
+        """Where the warp's next tile is, if one is left: asked a step before it is copied."""
         if cursor[STRIP] == cursor[END] and cursor[ROW] < last_row:
             cursor[ROW] = i32(cursor[ROW] + i32(1))
             at = u64(rows + u64(u32(cursor[ROW])) * u64(4 * ROW_INTS))
@@ -127,11 +132,20 @@ def paged_decode(
             cursor[STRIP] = i32(first_section * i32(length)) if cursor[ROW] == first_row else i32(0)
             cursor[END] = i32(min(i32(last_stop * i32(length)), i32(strips))) if cursor[ROW] == last_row else i32(strips)
         if cursor[STRIP] < cursor[END]:
-            position = i32(cursor[BASE] + i32(u32(u32(cursor[STRIP]) * u32(warps) + warp) * u32(TILE)))
-            found = find_tile(table[0], position, cursor[STOP])
-            copy_tile(kv, table[0], found, kv_head, position, cursor[LOW], cursor[STOP], to[0], lane)
+            position = i32(cursor[BASE] + i32(u32(u32(cursor[STRIP]) * u32(warps) + warp) * u32(taken)))
+            found[0] = find_tile(table[0], position, cursor[STOP])
+
+    @cuda.jit(device=True, inline="always")
+    def queue_tile(
+        cursor, table, found, to, first_row, first_section, last_row, last_stop, tables, table_stride, rows, kv, kv_head, lane, warp, ring
+    ):  # type: ignore[no-untyped-def]
+        """Queue the copy of the warp's next tile, if one is left, and close the group."""
+        if cursor[STRIP] < cursor[END]:
+            position = i32(cursor[BASE] + i32(u32(u32(cursor[STRIP]) * u32(warps) + warp) * u32(taken)))
+            copy_tile(kv, table[0], found[0], kv_head, position, cursor[LOW], cursor[STOP], to[0], lane)
             cursor[STRIP] = i32(cursor[STRIP] + i32(1))
             to[0] = next_slot(to[0], ring)
+            find_next(cursor, table, found, first_row, first_section, last_row, last_stop, tables, table_stride, rows, warp)
         ptx.copy_commit()
 
     @cuda.jit(device=True, inline="always")
@@ -217,11 +231,11 @@ def paged_decode(
                         to = u32(slot + u32(pairs_at) + head * u32(8))
                         ptx.store_shared_64(to, ptx.bits_of_float(top[2 * n + j]), ptx.bits_of_float(total_under))
 
-    tiles = TileMath(place_lanes, load_query, add_tile, leave, 2)
+    work = TileMath(place_lanes, load_query, add_tile, leave, 2)
     if bits:
-        tiles = quantized_math(head_dim, bits, set_heads, dtype, NOTHING, left_pitch, pairs_at)
+        work = quantized_math(head_dim, bits, set_heads, dtype, NOTHING, left_pitch, pairs_at, tiles)
     rotate_piece = piece_rotator(head_dim) if bits == 4 else None
-    find_places, get_query, add, leave_sums, num_places = tiles
+    find_places, get_query, add, leave_sums, num_places = work
 
     @cuda.jit(device=True, inline="always")
     def join(left, head, part, joined):  # type: ignore[no-untyped-def]
@@ -295,7 +309,7 @@ def paged_decode(
     def kernel(q, q_stride, kv, tables, table_stride, shares, rows, partials, counters, out):  # type: ignore[no-untyped-def]
         ptx.after_previous()
         shared = ptx.to_shared(ptx.generic_address(cuda.shared.array(0, u32, alignment=16)))
-        query, weights = cuda.local.array(query_words, u32), cuda.local.array(column_words, u32)
+        query, weights = cuda.local.array(query_words, u32), cuda.local.array(weight_words, u32)
         sums, scores = cuda.local.array(fragments, f32), cuda.local.array(score_words, f32)
         top, under, keep = cuda.local.array(column_words, f32), cuda.local.array(column_words, f32), cuda.local.array(column_words, f32)
         total, joined = cuda.local.array(totals, f32), cuda.local.array(4, f32)
@@ -303,7 +317,8 @@ def paged_decode(
         values, pairs = cuda.local.array(batch_totals, f32), cuda.local.array(batch_pairs, f32)
         asked, shift = cuda.local.array(column_words, f32), cuda.local.array(column_words, f32)
         places = cuda.local.array(num_places, u32)
-        cursor, table, to = cuda.local.array(6, i32), cuda.local.array(1, u64), cuda.local.array(1, u32)
+        cursor, table = cuda.local.array(6, i32), cuda.local.array(1, u64)
+        found, to = cuda.local.array(1, u32), cuda.local.array(1, u32)
 
         thread = u32(cuda.threadIdx.x)
         lane, warp = u32(thread & u32(31)), u32(thread >> u32(5))
@@ -322,12 +337,13 @@ def paged_decode(
         if last_row < first_row:
             return
         cursor[ROW], cursor[STRIP], cursor[END] = i32(first_row - i32(1)), i32(0), i32(0)
-        cursor[BASE], cursor[LOW], cursor[STOP], table[0], to[0] = i32(0), i32(0), i32(1), tables_address, ring
+        cursor[BASE], cursor[LOW], cursor[STOP], table[0], found[0], to[0] = i32(0), i32(0), i32(1), tables_address, u32(0), ring
+        find_next(cursor, table, found, first_row, first_section, last_row, last_stop, tables_address, table_stride, rows_address, warp)
         ahead = i32(0)
         while ahead < i32(stages - 1):
             queue_tile(
-                cursor, table, to, first_row, first_section, last_row, last_stop, tables_address, table_stride, rows_address, kv_address,
-                kv_head, lane, warp, ring,
+                cursor, table, found, to, first_row, first_section, last_row, last_stop, tables_address, table_stride, rows_address,
+                kv_address, kv_head, lane, warp, ring,
             )  # fmt: skip
             ahead = i32(ahead + i32(1))
 
@@ -357,19 +373,19 @@ def paged_decode(
                     sums[i] = zero
                 strip = i32(section * length)
                 strip_stop = i32(min(i32(strip + length), i32(r7)))
-                position = i32(i32(r1) + i32(u32(u32(strip) * u32(warps) + warp) * u32(TILE) + u32(lane >> u32(2))))
+                position = i32(i32(r1) + i32(u32(u32(strip) * u32(warps) + warp) * u32(taken) + u32(lane >> u32(2))))
                 read = slot
                 while strip < strip_stop:
                     queue_tile(
-                        cursor, table, to, first_row, first_section, last_row, last_stop, tables_address, table_stride, rows_address,
-                        kv_address, kv_head, lane, warp, ring,
+                        cursor, table, found, to, first_row, first_section, last_row, last_stop, tables_address, table_stride,
+                        rows_address, kv_address, kv_head, lane, warp, ring,
                     )  # fmt: skip
                     wait()
                     ptx.some_barrier(own, u32(32))
                     if bits == 0 or i32(position - i32(lane >> u32(2))) < stop:  # a tile of codes beyond it was not read
                         add(slot, query, asked, sums, top, under, shift, scores, weights, keep, position, low, stop, places, lane)
                     ptx.some_barrier(own, u32(32))
-                    position = i32(position + i32(warps * TILE))
+                    position = i32(position + i32(warps * taken))
                     read = slot
                     slot = next_slot(slot, ring)
                     strip = i32(strip + i32(1))
@@ -462,6 +478,8 @@ class PagedDecode:
         if block_seq_len < 1 or max_rows < 1 or window < 0:
             raise ValueError(f"block_seq_len {block_seq_len}, max_rows {max_rows} and window {window}: at least 1, 1 and 0 are needed")
         shape = shape or decode_shape(cc, head_dim, bits)
+        if block_seq_len % (TILE * shape.tiles):  # what lies in one block is copied with fewer instructions
+            shape = replace(shape, tiles=1)
         group = heads // kv_heads
         self._library, self._dtype = library, DTYPES[dtype]
         self._layout = KVLayout(1, kv_heads, head_dim, block_seq_len, dtype, bits)
@@ -469,12 +487,18 @@ class PagedDecode:
         set_heads = heads_of_set(group, head_dim, shape.warps)
         self._sets = kv_heads * -(-group // set_heads)
         self._shares = max(1, shape.blocks * multiprocessors // self._sets)
-        sections = shape.sections if self._sets > FEW_SETS else 2 * shape.sections
+        twice = 1 if self._sets > FEW_SETS else 2
+        sections, few = twice * shape.sections, twice * shape.few
+        if few:
+            sections = max(shape.sections, min(sections, MOST_RECORDS // shape.blocks))
         self._partials = self._shares * self._sets * sections * record_floats(set_heads, head_dim)
         constants = (kv_heads, group, head_dim, block_seq_len, dtype, sections, shape.warps, shape.stages, shape.blocks, bits)
+        constants = (*constants, shape.tiles) if bits else constants
         self._decode = Variant(__name__, "paged_decode", constants)
-        strip = shape.warps * TILE
-        self._schedule = Variant("engine.cuda.attention_schedule", "decode_schedule", (strip, sections, window, self._shares, max_rows))
+        strip = shape.warps * shape.tiles * TILE
+        self._schedule = Variant(
+            "engine.cuda.attention_schedule", "decode_schedule", (strip, sections, few or sections, window, self._shares, max_rows)
+        )
         self.variants = (self._schedule, self._decode)
         self._scratch: tuple[torch.Tensor, ...] = ()
 

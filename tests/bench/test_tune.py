@@ -40,6 +40,14 @@ def test_jobs_take_turns_and_begin_with_the_table(tuner: Tuner) -> None:
     assert len({job.launch for job in w4}) == len(w4)
 
 
+def test_quantized_pools_have_jobs_of_their_own(tuner: Tuner) -> None:
+    jobs = tuner.jobs({"decode_int8", "prompt_int8", "decode_int4"})  # 4 bits of 32 numbers are too few bytes for a kernel
+    assert {(job.kind, job.case) for job in jobs} == {("decode_int8", "32 2 x 40"), ("prompt_int8", "32 2 x 20")}
+    shapes = [job.launch for job in jobs if job.kind == "decode_int8"]
+    assert {shape.tiles for shape in shapes} == {1, 2} and {shape.few for shape in shapes} == {0, 8} and len(set(shapes)) == len(shapes)
+    assert all(variant.constants[9] == 8 for job in jobs for variant in job.variants if variant.factory == "paged_decode")
+
+
 def test_a_run_measures_checks_and_prints_rows(tuner: Tuner, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = [job for job in tuner.jobs({"w4", "decode"}) if job.promise == -1.0 and job.case != "8 128 256"]
     tuner.run(jobs, time.monotonic() + 250, 1)
@@ -82,10 +90,12 @@ def test_the_best_is_chosen() -> None:
         line("decode", "128 1 x 1024", [4, 3, 2], 10.0), line("decode", "128 1 x 1024", [8, 3, 1], 8.0),
         line("decode", "128 64 x 1024", [4, 3, 2], 60.0), line("decode", "128 64 x 1024", [8, 3, 1], 90.0),
         line("decode", "128 1 x 1024", [2, 2, 2], 1.0),  # not measured in every case
+        line("decode_int4", "128 64 x 4096", [4, 2, 4, 32, 2, 8], 80.0),
     ]  # fmt: skip
     assert tune.pasted(rows) == [
         '    ("w4_matmul", (9, 0), "1 4096 4096"): W4Launch(1, 4, 1, 8, 3, 0),  # 2026-01-02, T: 6.00 us, of 2',
         "    DECODE[(9, 0)][128] = DecodeShape(4, 3, 2)  # 2026-01-02, T: 216.2 % above the best of each of 2 cases, of 2",
+        "    DECODE_QUANTIZED[4][(9, 0)][128] = DecodeShape(4, 2, 4, 32, 2, 8)  # 2026-01-02, T: 0.0 % above the best of each of 1 cases, of 1",
     ]
     assert W4Launch(1, 4, 1, 8, 3, 0).rows == 1 and DecodeShape(4, 3, 2).warps == 4
 

@@ -42,7 +42,7 @@ class Backend(Protocol):
         """(embedding handle, linear handle) over one copy of the table."""
 
     def prepare_norm(self, weight: Dense) -> Any:
-        """An RMSNorm weight [features]."""
+        """A vector that is read in float32: an RMSNorm weight [features], a frame of keys [2 * kv_heads * head_dim]."""
 
     def prepare_rope(self, cos: np.ndarray, sin: np.ndarray) -> Any:
         """float32 [max_position, rotary_dim / 2] tables for `rope_store`."""
@@ -68,9 +68,12 @@ class Backend(Protocol):
     def logits(self, x: Array, weight: Any) -> Array:
         """Like `linear`, float32 out."""
 
-    def rope_store(self, qkv: Array, step: Any, kv: Any, rope: Any, q_norm: Any, k_norm: Any, spec: ModelSpec) -> Array:
+    def rope_store(
+        self, qkv: Array, step: Any, kv: Any, rope: Any, q_norm: Any, k_norm: Any, spec: ModelSpec, key_frame: Any = None
+    ) -> Array:
         """qkv [T, (heads + 2 kv_heads) * head_dim] -> q [T, heads, head_dim], normed (where there is a norm), rotated
-        (and scaled by log_n where the spec says so); k, likewise, and v are written to their KV slots."""
+        (and scaled by log_n where the spec says so); k, likewise, and v are written to their KV slots. q and k are in the frame
+        `key_frame`, if there is one (engine/kv_quant.py)."""
 
     def attention(self, q: Array, step: Any, kv: Any, window: int) -> Array:
         """Causal paged attention, scale head_dim ** -0.5: q [T, heads, head_dim] -> [T, heads * head_dim]. Every row

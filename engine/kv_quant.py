@@ -8,7 +8,10 @@ asymmetric, at the moment the token is written: no calibration. A number that is
 would have made its scores. Where the bytes lie is drawn in `engine/cache/layout.py`. This page says what kernels compute.
 A head of 4 bits is turned before (`rotate`), K and Q alike and V too, and so is what attention makes of V: the numbers of a head
 become sums of many, which are of one size, and an outlier takes no other number's precision (QuaRot, Ashkboos et al. 2024). A
-rotation of both Q and K changes no score; turned twice, V is V. numpy only.
+rotation of both Q and K changes no score; turned twice, V is V.
+A K with biases is stored in a frame (`frame_of_keys`): (k - origin) / unit, and q * unit. q . origin is the same for all keys of
+a query, so no softmax notices, and nothing is added back; units leave every product as it is (SmoothAttention of QServe, Lin et
+al. 2024, which measures them on a text). Both are constants of an engine: blocks may be shared and computed again. numpy only.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 from engine.cache.layout import KVLayout
 
 MOST_ROTATED = 128  # numbers that are turned together: what a warp holds
+FRAMED_BY = 4096  # positions: the mean of what is turned is over so many, from the first on
 SMALLEST_SCALE = np.float32(2.0**-60)  # of a head whose numbers are all alike
 
 
@@ -38,6 +42,31 @@ def rotate(x: np.ndarray, bits: int) -> np.ndarray:
         y = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], axis=-2).reshape(x.shape)
         step *= 2
     return y * np.float32(size**-0.5)
+
+
+def frame_of_keys(k_bias: np.ndarray, q_bias: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """The frame in which a biased K is quantized: float32 [2, kv_heads, head_dim], origin and unit.
+
+    k_bias float32 [kv_heads, head_dim], q_bias [heads, head_dim]; cos, sin float32 [positions, rotary / 2], the tables of rope. The
+    origin is the mean of the turned bias. The unit is the power of 2 nearest to the root of (size of k - origin / size of q),
+    root mean squares of a pair where the weights' part is taken as 1: products of two errors' sizes are least there.
+    """
+    half, kv_heads = cos.shape[1], len(k_bias)
+    c, s = (table[:FRAMED_BY].mean(axis=0, dtype=np.float64) for table in (cos, sin))
+    a, b, rest = k_bias[:, :half], k_bias[:, half : 2 * half], k_bias[:, 2 * half :]
+    origin = np.concatenate([a * c - b * s, b * c + a * s, rest], axis=1)
+    length = np.ones(k_bias.shape[1])  # squared, of what a unit vector is turned into: more than 1 of yarn's
+    length[: 2 * half] = np.tile(cos[0].astype(np.float64) ** 2 + sin[0].astype(np.float64) ** 2, 2)
+    k = _of_pairs(length * k_bias.astype(np.float64) ** 2 - origin**2, half)
+    q = _of_pairs((length * q_bias.astype(np.float64) ** 2).reshape(kv_heads, -1, k_bias.shape[1]).mean(axis=1), half)
+    unit = np.exp2(np.rint(np.log2((1 + np.maximum(k, 0)) / (1 + q)) / 4))
+    return np.stack([origin, unit]).astype(np.float32)
+
+
+def _of_pairs(x: np.ndarray, half: int) -> np.ndarray:
+    """The mean over the two dimensions that turn together, for both."""
+    mean = (x[:, :half] + x[:, half : 2 * half]) / 2
+    return np.concatenate([mean, mean, x[:, 2 * half :]], axis=1)
 
 
 def quantize(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:

@@ -172,7 +172,9 @@ class ReferenceBackend:
     def logits(self, x: np.ndarray, weight: _Linear) -> np.ndarray:
         return linear(x, weight.weight, weight.bias)
 
-    def rope_store(self, qkv: np.ndarray, step: Batch, kv: np.ndarray, rope: Any, q_norm: Any, k_norm: Any, spec: ModelSpec) -> np.ndarray:
+    def rope_store(
+        self, qkv: np.ndarray, step: Batch, kv: np.ndarray, rope: Any, q_norm: Any, k_norm: Any, spec: ModelSpec, key_frame: Any = None
+    ) -> np.ndarray:
         quantized = kv.dtype == np.uint8
         kv_heads = self._layout.num_kv_heads if quantized else kv.shape[2]
         heads = qkv.shape[1] // spec.head_dim - 2 * kv_heads
@@ -181,6 +183,9 @@ class ReferenceBackend:
             q, k = rms_norm(q, q_norm, spec.rms_norm_eps), rms_norm(k, k_norm, spec.rms_norm_eps)
         cos, sin = rope[0][step.positions], rope[1][step.positions]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if key_frame is not None:
+            origin, unit = key_frame.reshape(2, kv_heads, spec.head_dim)
+            q, k = q * unit.repeat(heads // kv_heads, axis=0), (k - origin) / unit
         if spec.use_logn_attn:
             q = q * logn_scale(step.positions, spec.max_position)[:, None, None]
         if quantized:

@@ -42,7 +42,8 @@ class Runner:
         self._backend = load_backend(config, spec, device, dtype)
         checkpoint = open_checkpoint(Path(config.model.path), spec)
         exact = dtype == "float32"
-        self._decoder = Decoder(spec, checkpoint, self._backend, ranks, session_len=session_len, exact=exact)
+        few_bits = config.cache.quant_policy != 0
+        self._decoder = Decoder(spec, checkpoint, self._backend, ranks, session_len=session_len, exact=exact, few_bits=few_bits)
         checkpoint.finish()
         cache = config.cache
         layout = kv_layout(config, spec, self._decoder.shard.num_kv_heads, dtype)

@@ -81,6 +81,7 @@ class Pass:
             row[L.INPUT_NORM], row[L.POST_NORM] = _address(layer.input_norm), _address(layer.post_norm)
             row[L.Q_NORM] = 0 if layer.q_norm is None else _address(layer.q_norm)
             row[L.K_NORM] = 0 if layer.k_norm is None else _address(layer.k_norm)
+            row[L.KEY_FRAME] = 0 if layer.key_frame is None else _address(layer.key_frame)
             row[L.WINDOW] = layer.window
             for place, linear in ((L.QKV, layer.qkv), (L.O, layer.o), (L.GATE_UP, layer.gate_up), (L.DOWN, layer.down)):
                 row[place : place + 8] = linear.weight.words
@@ -355,12 +356,15 @@ class CpuBackend:
     def logits(self, x: Array, weight: Linear) -> Array:
         return self.linear(x, weight)
 
-    def rope_store(self, qkv: Array, step: Step, kv: np.ndarray, rope: Rope, q_norm: Any, k_norm: Any, spec: ModelSpec) -> Array:
+    def rope_store(
+        self, qkv: Array, step: Step, kv: np.ndarray, rope: Rope, q_norm: Any, k_norm: Any, spec: ModelSpec, key_frame: Any = None
+    ) -> Array:
         qkv = np.array(qkv, np.float32, order="C")
         p = self._step_params(program.rope_store, step, kv, 0, rope)
         p[P.QKV], p[P.QKV_STRIDE] = _address(qkv), qkv.strides[0]
         p[P.Q_NORM] = 0 if q_norm is None else _address(q_norm)
         p[P.K_NORM] = 0 if k_norm is None else _address(k_norm)
+        p[P.KEY_FRAME] = 0 if key_frame is None else _address(key_frame)
         self._run(p)
         return qkv[:, : p[P.HEADS] * spec.head_dim].reshape(len(qkv), p[P.HEADS], spec.head_dim)
 

@@ -1,4 +1,5 @@
-"""`rope_store` of reference.py: q and k normed (where there is a norm) and rotated, k and v written to their KV slots.
+"""`rope_store` of reference.py: q and k normed (where there is a norm) and rotated, k and v written to their KV slots; q and k in
+a frame where a quantized pool has one.
 
     qkv   float32 [T, heads + 2 kv_heads, head_dim], rows `stride` bytes apart; q is rotated in place
     pool  one layer, [num_blocks, 2, kv_heads, block_seq_len, head_dim]: bfloat16 (as uint16) or float32; or quantized
@@ -38,6 +39,18 @@ def rotate_head(x, cos, sin, half):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
+def enter_frame(row, frame, heads, kv_heads, head_dim):  # type: ignore[no-untyped-def]
+    """q * unit, (k - origin) / unit, in place; frame: float32 [2, kv_heads, head_dim], origin and unit."""
+    q, k, origin, group = f32_at(row), f32_at(row + 4 * heads * head_dim), f32_at(frame), heads // kv_heads
+    unit = f32_at(frame + 4 * kv_heads * head_dim)
+    for h in range(heads):
+        for i in range(head_dim):
+            q[h * head_dim + i] *= unit[h // group * head_dim + i]
+    for i in range(kv_heads * head_dim):
+        k[i] = (k[i] - origin[i]) / unit[i]
+
+
+@njit(nogil=True)
 def store_head(x, pool, index, head_dim, exact):  # type: ignore[no-untyped-def]
     """head_dim float32 to the element `index` of the pool and on."""
     source = f32_at(x)
@@ -55,11 +68,12 @@ def store_head(x, pool, index, head_dim, exact):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def rope_store_rows(  # type: ignore[no-untyped-def]
-    stage, n, tokens, qkv, stride, heads, kv_heads, head_dim, positions, slots, cos, sin, half, q_norm, k_norm, eps, logn_length,
-    pool, block_len, exact, bits, rotated, scratch,
+    stage, n, tokens, qkv, stride, heads, kv_heads, head_dim, positions, slots, cos, sin, half, q_norm, k_norm, key_frame, eps,
+    logn_length, pool, block_len, exact, bits, rotated, scratch,
 ):  # fmt: skip
-    """q_norm, k_norm: addresses of float32 [head_dim] weights, 0 without. logn_length: trained length, 0 without. bits: of a
-    quantized pool, 0: it has none; rotated: numbers that are turned together in it. scratch: the thread's, 12 bytes."""
+    """q_norm, k_norm: addresses of float32 [head_dim] weights, key_frame: of float32 [2, kv_heads, head_dim]; 0 without. logn_length:
+    trained length, 0 without. bits: of a quantized pool, 0: it has none; rotated: numbers that are turned together in it.
+    scratch: the thread's, 12 bytes."""
     position_of, slot_of = i32_at(positions), i64_at(slots)
     done, chunk = 0, rows_at_once(tokens, n)
     while True:
@@ -83,6 +97,8 @@ def rope_store_rows(  # type: ignore[no-untyped-def]
                 q = f32_at(row)
                 for i in range(heads * head_dim):
                     q[i] *= factor
+            if key_frame != 0:
+                enter_frame(row, key_frame, heads, kv_heads, head_dim)
             if rotated != 0:
                 rotate_heads(row, heads + 2 * kv_heads, head_dim, rotated)
             block, offset = slot // block_len, slot % block_len

@@ -94,6 +94,7 @@ class P:
     # one layer of ROPE_STORE and ATTENTION
     Q_NORM = 45
     K_NORM = 46
+    KEY_FRAME = 64
     WINDOW = 47
     # compiled functions, by address
     PIECE_FUNCTION = 48
@@ -111,7 +112,7 @@ class P:
     ONLY_BLOCK = 61
     QUANTIZE = 62
     ROTATED = 63  # numbers of a head that a 4-bit pool turns together, else 0
-    COUNT = 64
+    COUNT = 65
 
 
 class L:
@@ -126,7 +127,8 @@ class L:
     GATE_UP = 20
     DOWN = 28
     WINDOW = 36
-    COUNT = 37
+    KEY_FRAME = 37
+    COUNT = 38
 
 
 MODE, ORDER = 6, 7  # words of a packed weight that who makes its activations reads
@@ -149,7 +151,7 @@ MODE, ORDER = 6, 7  # words of a packed weight that who makes its activations re
 (_SPLIT_FUNCTION, _TILE_FUNCTION, _PRODUCT, _GATE_UP) = (P.SPLIT_FUNCTION, P.TILE_FUNCTION, P.PRODUCT, P.GATE_UP)
 (_ROPE_STORE, _ATTEND, _NORM_STAGE, _MERGE) = (P.ROPE_STORE, P.ATTEND, P.NORM_STAGE, P.MERGE)
 (_TAKE_ROWS, _POOL_BITS, _ROWS_AT, _ONLY_BLOCK) = (P.TAKE_ROWS, P.POOL_BITS, P.ROWS_AT, P.ONLY_BLOCK)
-_QUANTIZE, _ROTATED = P.QUANTIZE, P.ROTATED
+_QUANTIZE, _ROTATED, _KEY_FRAME, _L_KEY_FRAME = P.QUANTIZE, P.ROTATED, P.KEY_FRAME, L.KEY_FRAME
 (_L_INPUT_NORM, _L_QKV, _L_Q_NORM, _L_K_NORM, _L_O) = (L.INPUT_NORM, L.QKV, L.Q_NORM, L.K_NORM, L.O)
 (_L_POST_NORM, _L_GATE_UP, _L_DOWN, _L_WINDOW, _L_COUNT) = (L.POST_NORM, L.GATE_UP, L.DOWN, L.WINDOW, L.COUNT)
 # fmt: on
@@ -158,19 +160,19 @@ STAGES_OF_A_LAYER = 10
 call_norm = caller(6)
 call_merge = caller(5)
 call_quantize = caller(3)
-call_rope_store = caller(7)
+call_rope_store = caller(8)
 call_attend = caller(5)
 call_gate_up = caller(10)
 call_product = caller(16)
 call_job = caller(4)
 
 
-def store_stage(params, stage, tid, n, pool, q_norm, k_norm):  # type: ignore[no-untyped-def]
+def store_stage(params, stage, tid, n, pool, q_norm, k_norm, key_frame):  # type: ignore[no-untyped-def]
     p = i64_at(params)
     scratch = p[_SCRATCH] + tid * p[_SCRATCH_BYTES]
     rope_store_rows(
         stage, n, p[_TOKENS], p[_QKV], p[_QKV_STRIDE], p[_HEADS], p[_KV_HEADS], p[_HEAD_DIM], p[_POSITIONS], p[_SLOTS],
-        p[_COS], p[_SIN], p[_HALF], q_norm, k_norm, np.float32(f64_at(params)[_EPS]), p[_LOGN_LENGTH], pool, p[_BLOCK_LEN],
+        p[_COS], p[_SIN], p[_HALF], q_norm, k_norm, key_frame, np.float32(f64_at(params)[_EPS]), p[_LOGN_LENGTH], pool, p[_BLOCK_LEN],
         p[_POOL_EXACT], p[_POOL_BITS], p[_ROTATED], scratch,
     )  # fmt: skip
 
@@ -357,7 +359,7 @@ def layers(stages, params, tid, n):  # type: ignore[no-untyped-def]
         w, pool = i64_at(layer), p[_POOL] + index * p[_POOL_LAYER_BYTES]
         call_norm(p[_NORM_STAGE], params, stage, tid, n, w[_L_INPUT_NORM], layer + 8 * _L_QKV)
         _product(p, layer + 8 * _L_QKV, stage + 64, n, x, x_stride, sums, sums_stride, p[_QKV], p[_QKV_STRIDE], 0, tokens)
-        call_rope_store(p[_ROPE_STORE], params, stage + 128, tid, n, pool, w[_L_Q_NORM], w[_L_K_NORM])
+        call_rope_store(p[_ROPE_STORE], params, stage + 128, tid, n, pool, w[_L_Q_NORM], w[_L_K_NORM], w[_L_KEY_FRAME])
         call_attend(p[_ATTEND], params, stage + 192, tid, pool, w[_L_WINDOW])
         call_merge(p[_MERGE], params, stage + 256, tid, n, layer + 8 * _L_O)
         _product(p, layer + 8 * _L_O, stage + 320, n, x, x_stride, sums, sums_stride, p[_RESIDUAL], 4 * hidden, 1, tokens)
@@ -427,7 +429,7 @@ def embed(stages, params, tid, n):  # type: ignore[no-untyped-def]
 def rope_store(stages, params, tid, n):  # type: ignore[no-untyped-def]
     """One layer: QKV in place, K and V to POOL."""
     p = i64_at(params)
-    call_rope_store(p[_ROPE_STORE], params, stages, tid, n, p[_POOL], p[_Q_NORM], p[_K_NORM])
+    call_rope_store(p[_ROPE_STORE], params, stages, tid, n, p[_POOL], p[_Q_NORM], p[_K_NORM], p[_KEY_FRAME])
 
 
 def attention(stages, params, tid, n):  # type: ignore[no-untyped-def]

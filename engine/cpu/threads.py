@@ -37,7 +37,7 @@ from engine.cpu.target import FEATURES
 from engine.cpu.vector import I32, I64, PTR, Emit, Value, i64_at, kernel
 
 JOB, SLEEPERS, SLOT_WORDS, SLOTS = 0, 8, 16, 24
-OPEN, INSIDE, PARAMS, STAGES = 0, 8, 16, 80
+OPEN, INSIDE, PARAMS, STAGES = 0, 8, 16, 88
 MAX_PARAMS = STAGES - PARAMS
 STOP = 1 << 40
 SPINS_BEFORE_YIELD = 20000

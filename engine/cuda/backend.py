@@ -233,12 +233,15 @@ class CudaBackend:
         self._linears.float32(x, weight, out)
         return out
 
-    def rope_store(self, qkv: Array, step: Step, kv: torch.Tensor, rope: Rope, q_norm: Any, k_norm: Any, spec: ModelSpec) -> Array:
+    def rope_store(
+        self, qkv: Array, step: Step, kv: torch.Tensor, rope: Rope, q_norm: Any, k_norm: Any, spec: ModelSpec, key_frame: Any = None
+    ) -> Array:
         parts = qkv if qkv.ndim == 3 else None
         if parts is not None:
             qkv = self._buffers.get("qkv", qkv.shape[1])
         self._rope_store(
-            qkv, kv, step.token_slots, step.positions, self._state.tables, rope.cos, rope.sin, q_norm, k_norm, spec.rms_norm_eps, parts
+            qkv, kv, step.token_slots, step.positions, self._state.tables, rope.cos, rope.sin, q_norm, k_norm, spec.rms_norm_eps, parts,
+            key_frame,
         )  # fmt: skip
         return qkv  # q lies in front, rotated
 

@@ -1,6 +1,7 @@
 """Rope on q and k, q left in place, k and v written into the pool: `ReferenceBackend.rope_store` of `engine/reference.py`.
 
-Optional: RMSNorm of each head of q and k before rope, logn scaling of q after it (`logn_scale`). Knows no attention.
+Optional: RMSNorm of each head of q and k before rope, logn scaling of q after it (`logn_scale`), q and k in the frame in which k
+is quantized (`engine/kv_quant.py`). Knows no attention.
 
 Layout: 16-bit numbers in the computing dtype unless said; a "word" is two of them, dimensions 2w and 2w + 1.
 
@@ -39,6 +40,7 @@ from engine.cuda.pool import check_pool
 from engine.cuda.target import cuda, pointer, types
 
 WARPS = 4
+INVERSES = 0x7F000000  # less the bits of a power of 2: those of its inverse
 
 i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
 WORDS, INTS, FLOATS = pointer(u32), pointer(i32), pointer(f32)
@@ -48,10 +50,11 @@ def rope_store(
     heads: int, kv_heads: int, head_dim: int, rotary: int, block_seq_len: int, dtype: str, normed: bool, trained_length: int, warps: int,
     parted: bool, bits: int = 0, keep_k: bool = False,
 ) -> Kernel:
-    """(qkv, cos, sin, token_slots, positions, tables, entries of a slot, pool, q_norm, k_norm, eps), after them, where `parted`,
-    (parts, how many, bytes of one); trained_length 0: no logn; keep_k: k goes back into qkv, too."""
+    """(qkv, cos, sin, token_slots, positions, tables, entries of a slot, pool, q_norm, k_norm, key_frame, eps), after them, where
+    `parted`, (parts, how many, bytes of one); trained_length 0: no logn; keep_k: k goes back into qkv, too. key_frame: of a quantized
+    pool, null: none."""
     pack, low, high = PACK[dtype], ptx.LOW[dtype], ptx.HIGH[dtype]
-    total_heads = heads + 2 * kv_heads
+    total_heads, group = heads + 2 * kv_heads, heads // kv_heads
     groups = -(-total_heads // warps)  # thread blocks of a token
     all_words, half_words = head_dim // 2, rotary // 4
     turned, rest = -(-half_words // 32), -(-(all_words - 2 * half_words) // 32)  # words of a, of b, and of the rest that a lane holds
@@ -161,7 +164,27 @@ def rope_store(
                 x[2 * (i + turned)], x[2 * (i + turned) + 1] = b0 * cos0 + a0 * sin0, b1 * cos1 + a1 * sin1
 
     @cuda.jit(device=True, inline="always")
-    def work(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps, parts, count, part_bytes):  # type: ignore[no-untyped-def]
+    def enter_frame(x: Any, frame: Any, head: Any, lane: Any) -> None:
+        of_k = head >= i32(heads)
+        kv_head = head - i32(heads) if of_k else i32(u32(head) // u32(group))
+        origins = frame + u64(u32(kv_head) * u32(4 * head_dim))
+        for i in range(held):
+            word = word_of(i, lane)
+            if word < i32(all_words):
+                at = origins + u64(u32(word) * u32(8))
+                u0, u1 = ptx.load_constant_64(at + u64(4 * kv_heads * head_dim))
+                if of_k:
+                    o0, o1 = ptx.load_constant_64(at)
+                    x[2 * i] -= ptx.float_of_bits(o0)
+                    x[2 * i + 1] -= ptx.float_of_bits(o1)
+                    u0, u1 = u32(u32(INVERSES) - u0), u32(u32(INVERSES) - u1)
+                x[2 * i] *= ptx.float_of_bits(u0)
+                x[2 * i + 1] *= ptx.float_of_bits(u1)
+
+    @cuda.jit(device=True, inline="always")
+    def work(  # type: ignore[no-untyped-def]
+        qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, key_frame, eps, parts, count, part_bytes
+    ):
         ptx.next_may_begin()
         ptx.after_previous()
         thread, group = i32(cuda.threadIdx.x), i32(cuda.blockIdx.x)
@@ -182,6 +205,10 @@ def rope_store(
                 normalise(x, ptx.address(q_norm) if head < i32(heads) else ptx.address(k_norm), eps, lane)
             at = u64(position) * u64(2 * rotary)
             turn(x, ptx.address(cos) + at, ptx.address(sin) + at, lane)
+            if bits > 0:
+                frame = ptx.address(key_frame)
+                if frame != u64(0):
+                    enter_frame(x, frame, head, lane)
         if head < i32(heads):
             if trained_length:
                 scale = ptx.log2(f32(position + i32(1))) * per_octave if position >= i32(trained_length) else one
@@ -217,13 +244,15 @@ def rope_store(
                 to = ptx.address(pool) + u64(u32(block) * u32(2) + u32(of_v)) * u64(kv_bytes) + u64(place * u32(head_bytes))
                 store_words(to, x, lane)
 
-    def kernel(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps):  # type: ignore[no-untyped-def]
-        work(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps, qkv, u32(0), u64(0))
+    def kernel(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, key_frame, eps):  # type: ignore[no-untyped-def]
+        work(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, key_frame, eps, qkv, u32(0), u64(0))
 
-    def parted_kernel(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps, parts, count, part_bytes):  # type: ignore[no-untyped-def]
-        work(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, eps, parts, count, part_bytes)
+    def parted_kernel(  # type: ignore[no-untyped-def]
+        qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, key_frame, eps, parts, count, part_bytes
+    ):
+        work(qkv, cos, sin, token_slots, positions, tables, stride, pool, q_norm, k_norm, key_frame, eps, parts, count, part_bytes)
 
-    arguments = (WORDS, FLOATS, FLOATS, INTS, INTS, INTS, i32, WORDS, FLOATS, FLOATS, f32)
+    arguments = (WORDS, FLOATS, FLOATS, INTS, INTS, INTS, i32, WORDS, FLOATS, FLOATS, FLOATS, f32)
     if parted:
         return Kernel(parted_kernel, (*arguments, WORDS, u32, u64), 32 * warps, early=True)
     return Kernel(kernel, arguments, 32 * warps, early=True)
@@ -237,6 +266,7 @@ class RopeStore:
     is position `positions[t]` of batch slot `token_slots[t]` and goes to block `tables[slot, position // block_seq_len]`. cos, sin
     float32 [max_position, rotary_dim / 2]; q_norm, k_norm float32 [head_dim], None without `qk_norm`. `trained_length`: of logn
     scaling, 0 for none. k and v inside qkv are left as they were; with `keep_k`, which no parts know, k is the rotated one there.
+    key_frame float32 [2 * kv_heads * head_dim], only of a quantized pool: origins and units, powers of 2 (engine/kv_quant.py).
 
     `parts` float32 [S, T, (heads + 2 kv_heads) * head_dim]: q, k and v are their sum, and of qkv only q is written.
     """
@@ -268,7 +298,7 @@ class RopeStore:
         if trained_length == 1 or trained_length < 0:
             raise ValueError(f"trained_length is {trained_length}; 0 or at least 2 is needed")
         self._library, self._dtype, self._qk_norm, self._half = library, DTYPES[dtype], qk_norm, rotary_dim // 2
-        self._width = (heads + 2 * kv_heads) * head_dim
+        self._width, self._frame = (heads + 2 * kv_heads) * head_dim, 2 * kv_heads * head_dim
         self._layout = KVLayout(1, kv_heads, head_dim, block_seq_len, dtype, bits)
         self._groups = -(-(heads + 2 * kv_heads) // warps)
         constants = (heads, kv_heads, head_dim, rotary_dim, block_seq_len, dtype, qk_norm, trained_length, warps)
@@ -288,6 +318,7 @@ class RopeStore:
         k_norm: torch.Tensor | None = None,
         eps: float = 0.0,
         parts: torch.Tensor | None = None,
+        key_frame: torch.Tensor | None = None,
     ) -> None:
         tokens = len(positions)
         if qkv.shape != (tokens, self._width) or qkv.dtype != self._dtype or not qkv.is_contiguous():
@@ -297,10 +328,12 @@ class RopeStore:
             raise ValueError(f"cos and sin are {tuple(cos.shape)} and {tuple(sin.shape)}, not [positions, {self._half}]")
         if (q_norm is None or k_norm is None) == self._qk_norm:
             raise ValueError("q_norm and k_norm belong to a model with qk_norm, and only to it")
+        if key_frame is not None and (not self._layout.quant_policy or key_frame.shape != (self._frame,)):
+            raise ValueError(f"key_frame is {tuple(key_frame.shape)}; a quantized pool takes ({self._frame},), any other none")
         if parts is not None:
             check_parts("qkv's parts", parts, tokens, self._width)
         if tokens:
             self._library[self.variants[parts is not None]](
-                tokens * self._groups, qkv, cos, sin, token_slots, positions, tables, tables.stride(0), pool, q_norm, k_norm, eps,
-                *(() if parts is None else part_arguments(parts)),
+                tokens * self._groups, qkv, cos, sin, token_slots, positions, tables, tables.stride(0), pool, q_norm, k_norm,
+                key_frame, eps, *(() if parts is None else part_arguments(parts)),
             )  # fmt: skip

@@ -49,7 +49,8 @@ class CudaRunner:
         dtype = computing_dtype(config, "cuda", spec.dtype, device.cc)
         self._backend = CudaBackend(config, spec, dtype, ranks, device)
         checkpoint = open_checkpoint(Path(config.model.path), spec, views=True)
-        self._decoder = Decoder(spec, checkpoint, self._backend, ranks, session_len=session_len, exact=False)
+        few_bits = config.cache.quant_policy != 0
+        self._decoder = Decoder(spec, checkpoint, self._backend, ranks, session_len=session_len, exact=False, few_bits=few_bits)
         self._backend.finish_loading()
         checkpoint.finish()
         layout = kv_layout(config, spec, self._decoder.shard.num_kv_heads, dtype)

@@ -16,18 +16,29 @@ from engine.weights import Checkpoint
 
 
 class Decoder:
-    """This rank's part of a model, ready to run on `backend`."""
+    """This rank's part of a model, ready to run on `backend`; `few_bits`: over a quantized KV pool."""
 
-    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint, backend: Backend, ranks: Ranks, *, session_len: int, exact: bool) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        ranks: Ranks,
+        *,
+        session_len: int,
+        exact: bool,
+        few_bits: bool = False,
+    ) -> None:
         self.spec = spec
         self.backend = backend
         self._ranks = ranks
-        loader = LayerLoader(checkpoint, spec, backend, ranks, exact=exact)
+        tables = rope_tables(spec, session_len)
+        loader = LayerLoader(checkpoint, spec, backend, ranks, exact=exact, turned_by=tables if few_bits else None)
         self.shard = loader.shard
         self.embedding, self.head = loader.embedding_and_head()
         self.layers: list[Layer] = [loader.layer(i) for i in range(spec.num_layers)]
         self.final_norm = loader.norm("final_norm")
-        self.rope = backend.prepare_rope(*rope_tables(spec, session_len))
+        self.rope = backend.prepare_rope(*tables)
         if ranks.size == 1:
             backend.bind(self)
 
@@ -61,5 +72,5 @@ class Decoder:
 
     def _attention(self, h: Array, step: Any, kv: Any, layer: Layer) -> Array:
         backend = self.backend
-        q = backend.rope_store(layer.qkv(h), step, kv, self.rope, layer.q_norm, layer.k_norm, self.spec)
+        q = backend.rope_store(layer.qkv(h), step, kv, self.rope, layer.q_norm, layer.k_norm, self.spec, layer.key_frame)
         return layer.o(backend.attention(q, step, kv, layer.window))

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from engine import awq, eight_bit, w4, w8
+from engine import awq, eight_bit, kv_quant, w4, w8
 from engine.backend import Array, Backend, Weight
 from engine.eight_bit import Float8, Int8
 from engine.models.shard import make_shard
@@ -46,6 +47,7 @@ class Layer:
     qkv: Linear
     q_norm: Any  # None without q/k norm
     k_norm: Any
+    key_frame: Any  # in which q and k are where K is kept in few bits; None: their own
     o: Linear
     post_norm: Any
     gate_up: Linear
@@ -54,14 +56,25 @@ class Layer:
 
 
 class LayerLoader:
-    """Reads layers of one checkpoint for one rank. `exact`: every weight dense, for float32 computing."""
+    """Reads layers of one checkpoint for one rank. `exact`: every weight dense, for float32 computing; `turned_by`: the tables of
+    rope, where K is kept in few bits."""
 
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, backend: Backend, ranks: Ranks, *, exact: bool) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        backend: Backend,
+        ranks: Ranks,
+        *,
+        exact: bool,
+        turned_by: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
         self._checkpoint = checkpoint
         self._spec = spec
         self._backend = backend
         self._ranks = ranks
         self._exact = exact
+        self._turned_by = turned_by
         self.shard = make_shard(spec, ranks.rank, ranks.size)
 
     def layer(self, index: int) -> Layer:
@@ -76,6 +89,7 @@ class LayerLoader:
             qkv=self._out([(f"{base}.q", q), (f"{base}.k", kv), (f"{base}.v", kv)], spec.qkv_bias),
             q_norm=self.norm(f"{base}.q_norm") if spec.qk_norm else None,
             k_norm=self.norm(f"{base}.k_norm") if spec.qk_norm else None,
+            key_frame=self._key_frame(base, q, kv),
             o=self._in(f"{base}.o", q, spec.o_bias),
             post_norm=self.norm(f"{base}.post_norm"),
             gate_up=self._out([(f"{base}.gate", inner), (f"{base}.up", inner)], spec.mlp_bias),
@@ -85,6 +99,20 @@ class LayerLoader:
 
     def norm(self, name: str) -> Any:
         return self._backend.prepare_norm(self._checkpoint.weight(name, dense=True))
+
+    def _key_frame(self, base: str, q: slice, kv: slice) -> Any:
+        """None where keys are stored as they are: K has no bias, or it is normed, and then the bias says little of it.
+
+        An origin is lost in a plain softmax only: a family with sinks or soft caps (spec.py refuses both) must have none."""
+        spec = self._spec
+        if self._turned_by is None or not spec.qkv_bias or spec.qk_norm:
+            return None
+        k_bias, q_bias = (
+            self._checkpoint.bias(f"{base}.{name}", rows=rows).to(torch.float32).numpy().reshape(-1, spec.head_dim)
+            for name, rows in (("k", kv), ("q", q))
+        )
+        frame = kv_quant.frame_of_keys(k_bias, q_bias, *self._turned_by)
+        return self._backend.prepare_norm(torch.from_numpy(frame.reshape(-1)))
 
     def embedding_and_head(self) -> tuple[Any, Linear]:
         """The token table (whole on every rank) and the output head (cut by vocabulary)."""

@@ -29,7 +29,9 @@ class Reference:
 
     def __init__(self, model: Path, spec: ModelSpec, quant_policy: int = 0) -> None:
         backend = ReferenceBackend()
-        self._decoder = Decoder(spec, open_checkpoint(model, spec), backend, Ranks(), session_len=SESSION_LEN, exact=True)
+        self._decoder = Decoder(
+            spec, open_checkpoint(model, spec), backend, Ranks(), session_len=SESSION_LEN, exact=True, few_bits=quant_policy != 0
+        )
         layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, SESSION_LEN, "float32", quant_policy)
         self._kv = backend.make_kv(layout, 1)
 

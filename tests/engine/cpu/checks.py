@@ -156,13 +156,16 @@ def check_quantized(dtype: str, threads: int, heads: tuple[int, int, int], block
         codes[at], pairs[at] = filled_codes[at], filled_pairs[at]
     cos, sin = rng.standard_normal((2, 1200, head_dim // 2)).astype(np.float32)
     qkv = rng.standard_normal((batch.num_tokens, (num_heads + 2 * kv_heads) * head_dim)).astype(np.float32)
+    frame = None
+    if block_len % 2 == 0:
+        frame = np.stack([rng.standard_normal(kv_heads * head_dim), np.exp2(rng.integers(-1, 2, kv_heads * head_dim))]).astype(np.float32).ravel()
     with backend(model, dtype, threads) as cpu:
         pool = cpu.make_kv(layout, blocks)[0]
         assert pool.nbytes == blocks * layout.layer_block_bytes
         pool[:] = truth
         step = cpu.begin(batch)
-        cpu.rope_store(qkv, step, pool, cpu.prepare_rope(cos, sin), None, None, model)
-        wanted_q = plain.rope_store(qkv, batch, truth, (cos, sin), None, None, model)
+        cpu.rope_store(qkv, step, pool, cpu.prepare_rope(cos, sin), None, None, model, frame)
+        wanted_q = plain.rope_store(qkv, batch, truth, (cos, sin), None, None, model, frame)
         stored, wanted = kv_quant.values(pool, layout), kv_quant.values(truth, layout)
         np.testing.assert_array_equal(np.isnan(stored), np.isnan(wanted))
         # a number that lies between two codes may get the other one: K was turned in another order of operations
@@ -229,7 +232,7 @@ def make_decoder(cpu: CpuBackend, model: ModelSpec, rng: np.random.Generator, ki
     layers = [
         SimpleNamespace(
             input_norm=norm(hidden), qkv=linear((heads + 2 * model.num_kv_heads) * model.head_dim, hidden),
-            q_norm=norm(model.head_dim) if model.qk_norm else None, k_norm=norm(model.head_dim) if model.qk_norm else None,
+            q_norm=norm(model.head_dim) if model.qk_norm else None, k_norm=norm(model.head_dim) if model.qk_norm else None, key_frame=None,
             o=linear(hidden, width), post_norm=norm(hidden), gate_up=linear(2 * inner, hidden), down=linear(hidden, inner),
             window=model.window(index),
         )

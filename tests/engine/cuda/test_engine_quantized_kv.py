@@ -15,7 +15,7 @@ from engine.loop import Engine
 from engine.plan import plan_memory
 from tests.engine.cuda.test_engine import config_of, engine_of
 from tests.engine.judge import SESSION_LEN, Reference, greedy
-from tests.fixtures.toy import toy_checkpoint
+from tests.fixtures.toy import biased_checkpoint, toy_checkpoint
 from tests.harness import answers, configure
 
 PROMPTS = [list(range(3, 3 + n)) for n in (1, 17, 37)]
@@ -53,7 +53,8 @@ def engine_on(config: Config) -> Engine:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_ids_are_the_references_over_the_same_pool(device: str, bits: int, tmp_path: Path, root: Path) -> None:
-    model = toy_checkpoint(tmp_path / "model", "llama", hidden=128, heads=2, kv_heads=1)
+    make = biased_checkpoint if bits == 8 else toy_checkpoint  # keys in a frame, and without
+    model = make(tmp_path / "model", hidden=128, heads=2, kv_heads=1)
     config = config_on(device, model, root, bits)
     ids, _ = asyncio.run(every_way(engine_on(config), 5))
     reference = Reference(model, resolve_spec(config), bits)
@@ -72,7 +73,7 @@ def test_preemption_changes_no_id(tmp_path: Path, root: Path) -> None:
 
 def test_two_ranks_give_the_ids_of_one(tmp_path: Path, root: Path) -> None:
     bits = 8
-    model = toy_checkpoint(tmp_path / "model", "llama", hidden=128, heads=4, kv_heads=2)
+    model = biased_checkpoint(tmp_path / "model", hidden=128, heads=4, kv_heads=2)  # a rank has the frames of its own KV heads
     one, _ = asyncio.run(every_way(engine_on(config_on("cpu", model, root, bits)), 4))
     two, _ = asyncio.run(every_way(engine_on(config_on("cpu", model, root, bits, {"tp": 2})), 4))
     assert one == two

@@ -115,16 +115,21 @@ def test_rope_store(library, heads, kv_heads, head_dim, rotary, bsl, name):
 
 
 @pytest.mark.parametrize(
-    "heads, kv_heads, head_dim, rotary, bsl, name, bits, normed, parted",
+    "heads, kv_heads, head_dim, rotary, bsl, name, bits, normed, parted, framed",
     [
-        (4, 1, 64, 64, 16, "float16", 8, False, False), (7, 1, 128, 128, 64, "bfloat16", 8, True, True),
-        (3, 2, 96, 20, 7, "bfloat16", 8, False, False), (4, 2, 64, 64, 64, "bfloat16", 4, False, True),
-        (7, 1, 128, 64, 16, "float16", 4, True, False), (2, 1, 256, 256, 32, "bfloat16", 4, False, False),
+        (4, 1, 64, 64, 16, "float16", 8, False, False, True), (7, 1, 128, 128, 64, "bfloat16", 8, True, True, False),
+        (6, 2, 96, 20, 7, "bfloat16", 8, False, False, True), (4, 2, 64, 64, 64, "bfloat16", 4, False, True, True),
+        (7, 1, 128, 64, 16, "float16", 4, True, False, False), (2, 1, 256, 256, 32, "bfloat16", 4, False, False, True),
     ],
 )  # fmt: skip
-def test_a_quantized_pool(library, heads, kv_heads, head_dim, rotary, bsl, name, bits, normed, parted):
+def test_a_quantized_pool(library, heads, kv_heads, head_dim, rotary, bsl, name, bits, normed, parted, framed):
     world = World(heads, kv_heads, head_dim, rotary, bsl, DTYPES[name], seed=7)
-    wanted = [kv_quant.rotate(x, bits) for x in world.wanted(normed, 0)]
+    q, k, v = world.wanted(normed, 0)
+    frame = np.random.default_rng(9).standard_normal((2, kv_heads, head_dim)).astype(np.float32)
+    frame[1] = np.exp2(np.rint(2 * frame[1]))
+    if framed:
+        q, k = q * frame[1].repeat(heads // kv_heads, axis=0), (k - frame[0]) / frame[1]
+    wanted = [kv_quant.rotate(x, bits) for x in (q, k, v)]
     layout = KVLayout(1, kv_heads, head_dim, bsl, name, bits)
     world.pool = torch.full((BLOCKS + 1, layout.layer_block_bytes), 255, dtype=torch.uint8)
     op = RopeStore(library, heads, kv_heads, head_dim, rotary, bsl, name, qk_norm=normed, bits=bits)
@@ -133,7 +138,8 @@ def test_a_quantized_pool(library, heads, kv_heads, head_dim, rotary, bsl, name,
     if parted:
         parts = torch.stack([world.qkv.float() * 0.25, world.qkv.float() * 0.75])
         world.qkv.fill_(float("nan"))
-    op(world.qkv, world.pool, world.token_slots, world.positions, world.tables, world.cos, world.sin, *norms, EPS, parts)
+    given = torch.from_numpy(frame.reshape(-1)) if framed else None
+    op(world.qkv, world.pool, world.token_slots, world.positions, world.tables, world.cos, world.sin, *norms, EPS, parts, given)
     world.close(world.qkv[:, : heads * head_dim].float().numpy().reshape(wanted[0].shape), wanted[0])
     codes, pairs = kv_quant.parts(world.pool.numpy(), layout)
     got = kv_quant.values(world.pool.numpy(), layout)
@@ -229,6 +235,8 @@ def test_wrong_shapes_are_refused(library):
         op(world.qkv, world.pool.bfloat16(), *rest)
     with pytest.raises(ValueError, match="belong to a model with qk_norm"):
         op(world.qkv, world.pool, *rest, world.q_norm, world.k_norm)
+    with pytest.raises(ValueError, match=r"key_frame is \(128,\); a quantized pool takes \(128,\), any other none"):
+        op(world.qkv, world.pool, *rest, key_frame=torch.zeros(128))
     with pytest.raises(ValueError, match="qkv's parts is"):
         op(world.qkv, world.pool, *rest, parts=torch.zeros(2, len(world.qkv), 60))
 

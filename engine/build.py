@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from engine.models.shard import largest_share
 from engine.models.spec import ModelSpec, RopeSpec, apply_overrides, load_spec
 from engine.parallel import Ranks
 
-log = logging.getLogger("numbatch.load")
 MOCK_SESSION_LEN = 8192
 MOCK_BLOCKS = 4096
 MOCK_VOCAB = 260  # ByteTokenizer: 256 bytes, bos, eos, two chat markers
@@ -63,12 +61,6 @@ def session_len(config: Config, spec: ModelSpec) -> int:
 def build_engine(config: Config, spec: ModelSpec) -> Engine:
     """An engine that is not started yet. Raises ConfigError where the config contradicts itself or the model."""
     config = resolved(config)
-    if config.cache.quant_policy and spec.qkv_bias:
-        log.warning(
-            "cache.quant_policy = %d: K of this model has biases, and models with large ones (Qwen2, Qwen2.5) lose much in few bits; "
-            "measure it with `numbatch bench quality`.",
-            config.cache.quant_policy,
-        )
     if config.engine.device != "mock":
         largest_share(spec, config.engine.tp)  # said here, not by each of the ranks once they have started
     return Engine(config, spec, session_len(config, spec), _executor(config))

@@ -17,7 +17,7 @@ TILE_ROWS = 16  # output channels of a tile
 CHUNK = 64  # input channels of a chunk
 GROUP_SIZES = (32, 64, 128)
 ROW_BUCKETS = (1, 8, 16, 32, 64)  # rows of activations that one thread block of the product serves
-HOPPER_BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows of activations of the rows of the table for w4_hopper
+HOPPER_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows of activations of the rows of the table for w4_hopper
 WIDE = 8192  # output channels from which a shape is of the class "wide"
 MOST_SHARED = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227}  # KiB a thread block may have
 LEAST_SHARED = 99  # KiB, of a card not named above, cc 8.0 or newer
@@ -269,11 +269,14 @@ TUNED: dict[tuple[str, tuple[int, int], str], W4Launch] = {
 }
 
 # Of `w4_hopper`, which runs on compute capability 9.0 alone: by "rows n k" of one shape or a shape class. The best of some hundred
-# launches up to 128 rows, of five beyond; the classes as above. 2026-11-20, H200.
-_HOPPER_16, _HOPPER_24 = HopperLaunch(16, 4, 1, 3, 4, 2, 1, 4), HopperLaunch(24, 4, 1, 3, 4, 2, 1, 4)
+# launches from 16 to 128 rows, of fifteen below, of five beyond; the classes as above. 2026-11-20, H200.
+_HOPPER_8, _HOPPER_16 = HopperLaunch(8, 4, 1, 3, 4, 2, 1, 4), HopperLaunch(16, 4, 1, 3, 4, 2, 1, 4)
+_HOPPER_24 = HopperLaunch(24, 4, 1, 3, 4, 2, 1, 4)
 _HOPPER_32, _HOPPER_48 = HopperLaunch(32, 4, 1, 3, 4, 2, 1, 1), HopperLaunch(48, 2, 2, 3, 4, 2, 1, 4)
 _HOPPER_64, _HOPPER_64_SMALL = HopperLaunch(64, 2, 2, 3, 5, 2, 1, 1), HopperLaunch(64, 3, 1, 3, 6, 2, 1, 1)
 HOPPER: dict[str, HopperLaunch] = {
+    "8 rows, narrow": _HOPPER_8,
+    "8 rows, wide": _HOPPER_8,
     "16 rows, narrow": _HOPPER_16,
     "16 rows, wide": _HOPPER_16,
     "24 rows, narrow": _HOPPER_24,
@@ -355,7 +358,7 @@ def hopper_launch(m: int, n: int, k: int) -> HopperLaunch:
 
 
 # From how many rows a kernel is the quickest of those that take a weight of the form; before them w4_matmul.
-HOPPER_FROM: dict[tuple[tuple[int, int], str], int] = {((9, 0), "zero"): 9}  # 2026-11-20, H200
+HOPPER_FROM: dict[tuple[tuple[int, int], str], int] = {((9, 0), "zero"): 1}  # 2026-11-20, H200
 
 
 def w4_kernel(cc: tuple[int, int], form: str, m: int) -> str:
@@ -366,7 +369,7 @@ def w4_kernel(cc: tuple[int, int], form: str, m: int) -> str:
 # From how many rows a dense 16-bit product is the faster one: (with a 16-bit copy that stays, through a scratch copy).
 # Elsewhere estimates: the first from cuBLAS figures against the goals of this kernel, the second counts 4.5 bytes moved a weight.
 DENSE_FROM: dict[tuple[tuple[int, int], str], tuple[int, int]] = {
-    ((9, 0), "zero"): (97, 321),  # 2026-11-20, H200
+    ((9, 0), "zero"): (97, 257),  # 2026-11-20, H200
     ((9, 0), "bias"): (33, 129),  # 2026-11-20, H200
 }
 DENSE_FROM_DEFAULT = (96, 384)

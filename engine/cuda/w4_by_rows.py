@@ -1,6 +1,6 @@
 """The product of one 4-bit weight, by whichever kernel is the quickest for the rows of x (`tuning.w4_kernel`).
 
-    compute capability 9.0, pairs of the form zero     w4_matmul for few rows, w4_hopper for more
+    compute capability 9.0, pairs of the form zero     w4_hopper
     others from 8.0 on                                 w4_matmul
 
 Where a dense product is quicker than both is `tuning.dense_from`; who holds the dense weight decides that (`linear.py`).
@@ -45,9 +45,9 @@ class W4ByRows:
             for name, rows in most.items()
         }  # fmt: skip
         self.max_m = max_m
-        self.variants = tuple(variant for product in made.values() for variant in product.variants)
         self.scratch_floats = max(product.scratch_floats for product in made.values())
         self._of = {m: made[w4_kernel(cc, form, m)] for m in range(1, max_m + 1)}
+        self.variants = tuple(dict.fromkeys(product.launch(m)[0] for m, product in self._of.items()))  # those in use
 
     def family(self, m: int) -> W4Product:
         """Whose kernel serves m rows."""

@@ -1,7 +1,7 @@
-"""out = x @ dequantize(w).T + bias for a 4-bit weight on compute capability 9.0, from 16 rows of x or so: wgmma, weights from registers.
+"""out = x @ dequantize(w).T + bias for a 4-bit weight on compute capability 9.0: wgmma, weights from registers.
 
 The same weight (`engine/cuda/w4_layout.py`, pairs of the form "zero" only), operands and results as `engine/cuda/w4_matmul.py`, which is
-for fewer rows, other cards and the form "bias".
+for other cards and the form "bias".
 
 Numbers: a weight fragment becomes q - zero in 16 bits, exactly; a group of input channels is summed by wgmma in float32 as
 P = sum (q - zero) x, and  out += scale * P. Weights are never rounded.

@@ -33,9 +33,10 @@ def tuner(root: Path, tmp_path: Path) -> Tuner:
 def test_jobs_take_turns_and_begin_with_the_table(tuner: Tuner) -> None:
     jobs = tuner.jobs({"w4", "decode", "prompt"})
     cases = [job.case for job in jobs]
-    assert set(cases[:4]) == {"1 128 256", "8 128 256", "32 2 x 40", "32 2 x 20"}
-    assert all(job.promise == -1.0 for job in jobs[:4]) and len(jobs) > 40
-    w4 = [job for job in jobs if job.case == "8 128 256"]
+    assert set(cases[:5]) == {"1 128 256", "8 128 256", "32 2 x 40", "32 2 x 20"}
+    assert all(job.promise == -1.0 for job in jobs[:5]) and len(jobs) > 40
+    assert {job.kind for job in jobs} == {"w4", "w4 hopper", "decode", "prompt"}
+    w4 = [job for job in jobs if job.kind == "w4 hopper"]
     assert [job.promise for job in w4] == sorted(job.promise for job in w4)
     assert len({job.launch for job in w4}) == len(w4)
 
@@ -87,6 +88,7 @@ def test_the_best_is_chosen() -> None:
         line("w4", "1 4096 4096", [1, 2, 1, 8, 3, 0], 9.0), line("w4", "1 4096 4096", [1, 4, 1, 8, 3, 0], 5.0),
         line("w4", "1 4096 4096", [1, 4, 1, 8, 3, 0], 6.0),  # measured again, carefully
         line("w4", "1 4096 4096", [1, 1, 1, 8, 3, 0], 0.0, right=False),
+        line("w4 hopper", "8 4096 4096", [8, 4, 1, 3, 4, 2, 1, 4, 1, 1], 6.0), line("w4 hopper", "8 4096 4096", [8, 3, 1, 3, 4], 7.0),
         line("decode", "128 1 x 1024", [4, 3, 2], 10.0), line("decode", "128 1 x 1024", [8, 3, 1], 8.0),
         line("decode", "128 64 x 1024", [4, 3, 2], 60.0), line("decode", "128 64 x 1024", [8, 3, 1], 90.0),
         line("decode", "128 1 x 1024", [2, 2, 2], 1.0),  # not measured in every case
@@ -94,6 +96,7 @@ def test_the_best_is_chosen() -> None:
     ]  # fmt: skip
     assert tune.pasted(rows) == [
         '    ("w4_matmul", (9, 0), "1 4096 4096"): W4Launch(1, 4, 1, 8, 3, 0),  # 2026-01-02, T: 6.00 us, of 2',
+        '    "8 4096 4096": HopperLaunch(8, 4, 1, 3, 4, 2, 1, 4, 1, 1),  # 2026-01-02, T: 6.00 us, of 2',
         "    DECODE[(9, 0)][128] = DecodeShape(4, 3, 2)  # 2026-01-02, T: 216.2 % above the best of each of 2 cases, of 2",
         "    DECODE_QUANTIZED[4][(9, 0)][128] = DecodeShape(4, 2, 4, 32, 2, 8)  # 2026-01-02, T: 0.0 % above the best of each of 1 cases, of 1",
     ]

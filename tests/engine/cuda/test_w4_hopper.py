@@ -30,6 +30,7 @@ SMALL = {
     "uneven": HopperLaunch(24, 1, 1, 2, 3, 1, 1, 8),
     "two tiles": HopperLaunch(64, 1, 2, 3, 2, 3),
     "two passes": HopperLaunch(128, 1, 1, 2, 2, 1, 2, 4),
+    "eight": HopperLaunch(8, 1, 1, 3, 4, 2, 1, 4),
 }
 
 
@@ -76,7 +77,7 @@ class Product:
         return error(self.got, self.exact)
 
 
-@pytest.mark.parametrize(("m", "launch"), [(1, "plain"), (31, "plain"), (33, "plain"), (24, "uneven"), (129, "two passes")])
+@pytest.mark.parametrize(("m", "launch"), [(1, "eight"), (31, "plain"), (33, "plain"), (24, "uneven"), (129, "two passes"), (9, "eight")])
 def test_every_number_of_rows(library, m, launch):
     assert Product(library, random_w4(150, 640, 128), m, SMALL[launch]).error < 3e-7
 
@@ -163,11 +164,13 @@ def of_the_card(library, form="zero", cc=CC, max_m=200, **more):
 
 
 def test_the_kernel_of_so_many_rows(library):
-    names = {m: type(of_the_card(library).family(m)).__name__ for m in (1, 8, 9, 16, 17, 128, 200)}
-    assert names == dict.fromkeys((1, 8), "W4Matmul") | dict.fromkeys((9, 16, 17, 128, 200), "W4Hopper")
+    chosen = of_the_card(library)
+    for m in (9, 16, 17, 128, 200):
+        assert isinstance(chosen.family(m), W4Hopper)
+        assert chosen.family(m).launch(m)[0] in chosen.variants
     for other in (of_the_card(library, "bias"), of_the_card(library, cc=(8, 0)), of_the_card(library, cc=(12, 0))):
         assert {variant.factory for variant in other.variants} == {"w4_matmul"}
-    assert {variant.factory for variant in of_the_card(library).variants} == {"w4_matmul", "w4_hopper"}
+    assert {hopper_launch(m, 96, 256).rows for m in range(1, 129)} == {8, 16, 24, 32, 48, 64}
     with pytest.raises(ValueError, match="1 to 200 rows, 201 were given"):
         of_the_card(library).family(201)
     with pytest.raises(ValueError, match=r"9\.0 alone, not 8\.0"):
@@ -176,8 +179,8 @@ def test_the_kernel_of_so_many_rows(library):
         W4Hopper(library, 96, 256, 128, "bias", "bfloat16", multiprocessors=4, max_m=9)
 
 
-@pytest.mark.parametrize("m", [8, 9, 17])
-def test_either_kernel_gives_the_product(library, m):
+@pytest.mark.parametrize("m", [1, 8, 9, 17])
+def test_the_chosen_kernel_gives_the_product(library, m):
     op, weight = of_the_card(library, max_m=20, out_dtype="float32"), random_w4(96, 256, 128)
     x, bias, scratch = torch.randn(m, 256).to(torch.bfloat16), torch.randn(96), torch.full((op.scratch_floats + 1,), NAN)
     out = torch.full((m, 96), NAN)

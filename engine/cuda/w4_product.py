@@ -10,6 +10,7 @@ where input channels are split over thread blocks, to float32 parts [S, M, N] (`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def result_writer(block_n: int, threads: int, out_dtype: str, copies: int = 1, r
 # -- launcher ---------------------------------------------------------------------------------------------------------------------
 
 
-class W4Product:
+class W4Product(ABC):
     """A product of one kernel family: x [M, k] in `dtype`, out [M, n] in `out_dtype`, bias float32 [n]; 1 <= M <= max_m.
 
     A call returns `out`, or, where the input channels are split, float32 parts [S, M, n] in `scratch` (float32, at least
@@ -122,9 +123,9 @@ class W4Product:
         self._library = library
         self._ready: dict[int, tuple[Any, W4Grid]] = {}
 
+    @abstractmethod
     def launch(self, m: int) -> tuple[Variant, W4Grid]:
         """The kernel and the grid for m rows."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how {m} rows are served")
 
     def __call__(
         self, x: torch.Tensor, weight: W4Device, out: torch.Tensor, scratch: torch.Tensor, bias: torch.Tensor | None = None

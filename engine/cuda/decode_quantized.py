@@ -19,7 +19,11 @@ the softmax's factor in it, and p' are rounded to float16 (2^-12), whatever the 
       V^T 16 dims x 16 positions: lane g has the g-th eighth of the rows of positions 2t, 2t + 1, 2t + 8, 2t + 9; rows g, g + 8
           of tile T are dims g head_dim / 8 + 2 T and + 1
 
-A step takes one or two tiles of 16 positions, read before their softmax, which is one. Knows neither shares nor sections.
+A step takes one or two tiles of 16 positions, whose softmax is one. By the assembler's listing two of 4 bits are 460 instructions of a
+warp, where one was 295: the loop, the wait and the search for a maximum are shared. Knows neither shares nor sections.
+
+Measured on an H200 (bench/LOG.md): 64 x 4,096 positions of 32 heads over 8 of 128 in 145 us (8 bits, 3.83 TB/s) and 82 us (4 bits, 3.51
+TB/s), 1.81 and 3.21 times as fast as 16 bits; one tile a step takes as long with 8 bits, 5 to 11 % longer with 4.
 """
 
 from __future__ import annotations

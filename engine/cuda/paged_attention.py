@@ -15,8 +15,8 @@ A head set is up to 16 query heads that share a KV head: the columns of the tens
     O^T [16 dims, 8 heads]      += V^T [16 dims, 16 positions] x P^T              A: ldmatrix.trans, B: movmatrix of S^T
 
 Work split: one thread block = one share of the schedule x one head set, grid = shares * head sets, the same in every step. Warp
-w takes tile w of each strip of `warps` tiles of 16 positions, through its own ring of stages filled by cp.async: warps wait
-for each other only where a section ends.
+w takes tile w of each strip of `warps` tiles of 16 positions (of codes also 32), through its own ring of stages filled by
+cp.async: warps wait for each other only where a section ends.
 
        row 0                     row 1                                     strip  = warps tiles, one a warp
     |  section | section |  section | section | section |                 section = strips; its value: the warps' sums, joined
@@ -26,9 +26,11 @@ A row within one share is folded in registers. The sections of a row that shares
 the last of them folds them all, in the same order with the same arithmetic: so a row's bits depend on its own context only,
 never on the batch. Counters go back to 0 for the next launch.
 
-Measured on an H200 (32 heads over 8 of 128; 22 launch shapes, bench/LOG.md): 8.0 us at 1 x 1,024, 46 at 8 x 4,096, 76 at 64 x 1,024,
-3.83 TB/s at 64 x 4,096, 83 % of what a read kernel reaches. By estimate 16 mma, 16 ldmatrix and about 200 other instructions for
-8 KB, which is an eighth of what a multiprocessor can issue while it reads them.
+A tile's block is looked up a step before the tile is copied: 262 us at 64 x 4,096, where an earlier run took 277.
+
+Measured on an H200 (32 heads over 8 of 128; bench/LOG.md): 7.6 us at 1 x 1,024, 46 at 8 x 4,096, 75 at 64 x 1,024, 4.10 TB/s at
+64 x 4,096, 89 % of what a read kernel reaches; over codes of 8 and 4 bits that takes 145 and 82 us. By estimate 16 mma, 16 ldmatrix
+and about 200 other instructions for 8 KB, which is an eighth of what a multiprocessor can issue while it reads them.
 """
 
 from __future__ import annotations

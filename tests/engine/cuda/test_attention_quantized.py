@@ -114,6 +114,7 @@ def test_codes_are_read_once_and_without_bank_conflicts_and_a_row_has_the_same_b
         (4, 1, 64, 16, "bfloat16", 0, PromptShape(2, 2, 32, 3, 1), 8),
         (7, 1, 128, 64, "float16", 64, PromptShape(4, 1, 64, 2, 1), 4),
         (2, 1, 96, 7, "bfloat16", 5, PromptShape(2, 1, 16, 2, 1), 8),
+        (4, 2, 64, 16, "bfloat16", 0, PromptShape(2, 1, 32, 2, 1), 4),
     ],
 )  # fmt: skip
 def test_prompt_parts_behind_prefixes(library, heads, kv_heads, head_dim, bsl, dtype, window, shape, bits):

@@ -39,7 +39,7 @@ UNIT = 4  # numbers of 16 bytes
 MOST_HELD = 4  # units of all ranks that a thread holds while it waits
 EMPTY = 0xFFFFFFFF  # no number yet
 NO_NUMBER = 0x7FFFFFFF  # what is sent in its place: the NaN that sums give anyway
-FEW_ROWS, FEW_ROWS_BLOCKS = 4, 4  # thread blocks of a row while there are few rows (estimates)
+FEW_ROWS, FEW_ROWS_BLOCKS = 16, 8  # thread blocks of a row while there are few rows
 i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
 WORDS, FLOATS, ADDRESSES = pointer(u32), pointer(f32), pointer(u64)
 
@@ -59,7 +59,7 @@ def summed_norm(hidden: int, dtype: str, size: int, add: str, blocks: int, threa
     keeps_own = blocks == 1 and held_all  # its own sum too; else it sends it to itself
     numbers, own_numbers, held = UNIT * together, UNIT * share_rounds if keeps_own else UNIT, UNIT * together * size
     row_bytes, parted, zero, inverse = 4 * hidden, add == "parts", f32(0.0), f32(1.0 / hidden)
-    add_parts, add_up = part_adder(UNIT), block_adder(threads)
+    add_parts, add_up = part_adder(UNIT, 8 if size <= 4 else 4), block_adder(threads)
 
     @cuda.jit(device=True, inline="always")
     def sendable(value: Any) -> Any:
@@ -140,7 +140,7 @@ def summed_norm(hidden: int, dtype: str, size: int, add: str, blocks: int, threa
     def kernel(x, count, stride, residual, weight, out, eps, slots, turns, rank, room):  # type: ignore[no-untyped-def]
         ptx.next_may_begin()
         values, weights = cuda.local.array(numbers, f32), cuda.local.array(numbers, f32)
-        own = cuda.local.array(own_numbers, f32)
+        own, cards = cuda.local.array(own_numbers, f32), cuda.local.array(size, u64)
         partial = cuda.shared.array(32, f32)
         thread, row, block, rows = i32(cuda.threadIdx.x), i32(cuda.blockIdx.x), i32(cuda.blockIdx.y), i32(cuda.gridDim.x)
         if grid_ranks:
@@ -153,9 +153,17 @@ def summed_norm(hidden: int, dtype: str, size: int, add: str, blocks: int, threa
             source = ptx.address(x) + ahead * u64(count) * u64(row_bytes) + u64(row) * u64(row_bytes)
         else:
             source = ptx.address(x) + (ahead + u64(row)) * u64(row_bytes // 2)
+        for r in range(size):
+            cards[r] = slots[r]
         mine = slots[rank]
+        # since it was last used, a layer's weights went through the cache: bring it back while the kernel before this one ends
+        ptx.prefetch(place)
         if held_all and block == 0:
             load_batch(ptx.address(weight), 0, weights)
+            for i in range(rounds):
+                at = thread + i32(i * threads)
+                if at < i32(units):
+                    ptx.prefetch(stream + u64(u32(at) * u32(16)))
         ptx.after_previous()
         turn = u32(ptx.load_32(place))
         stale = turn + u32(2) if turn == u32(0) else turn - u32(1)
@@ -171,7 +179,7 @@ def summed_norm(hidden: int, dtype: str, size: int, add: str, blocks: int, threa
                 to = slot(turn, rank, row, room) + u64(u32(at) * u32(16))
                 for r in range(size):
                     if not keeps_own or i32(r) != rank:
-                        send(slots[r] + to, sendable(own[n]), sendable(own[n + 1]), sendable(own[n + 2]), sendable(own[n + 3]))
+                        send(cards[r] + to, sendable(own[n]), sendable(own[n + 1]), sendable(own[n + 2]), sendable(own[n + 3]))
         for i in range(share_rounds):
             inner = thread + i32(i * threads)
             at = block * i32(share) + inner

@@ -3,7 +3,7 @@
     parts   float32 [S, T, N], consecutive: part s of row t; the output is their sum, in the order of s, bias included
 
 The kernels that follow a product (norm, rope, SiLU) read its output anyway: reading S parts costs them little, and nobody has to
-wait for anybody or to be the last one. `SumParts` is for who needs the output itself (an all-reduce, a test).
+wait for anybody or to be the last one. `SumParts` is for who needs the output itself (NCCL, a test).
 Knows no product.
 """
 
@@ -18,7 +18,7 @@ from engine.cuda import ptx
 from engine.cuda.launch import Kernel, Library, Variant
 from engine.cuda.target import cuda, pointer, types
 
-TOGETHER = 4  # parts whose loads are in flight at a time
+TOGETHER = 4  # parts whose loads are in flight at a time, where nothing else is said
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PACK = {"bfloat16": ptx.pack_bf16, "float16": ptx.pack_f16_portable}
 
@@ -26,12 +26,12 @@ i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
 WORDS = pointer(u32)
 
 
-def part_adder(width: int) -> Callable[..., None]:
+def part_adder(width: int, together: int = TOGETHER) -> Callable[..., None]:
     """A device function (values, first, at, parts, stride): the sum over `parts` of the `width` (a multiple of 4, or 2) floats at
     address `at`, `stride` bytes from part to part, to values[first ..]."""
     loads, each = (width // 4, 4) if width % 4 == 0 else (width // 2, 2)
     load = ptx.load_128 if each == 4 else ptx.load_64
-    step, held = 4 * each, TOGETHER * width
+    step, held = 4 * each, together * width
 
     @cuda.jit(device=True, inline="always")
     def add_parts(values: Any, first: Any, at: Any, parts: Any, stride: Any) -> None:
@@ -40,18 +40,18 @@ def part_adder(width: int) -> Callable[..., None]:
             values[first + i] = f32(0.0)
         done = u32(0)
         while done < parts:
-            for p in range(TOGETHER):
+            for p in range(together):
                 part = u32(min(u32(done + u32(p)), u32(parts - u32(1))))
                 source = u64(at + u64(part) * stride)
                 for i in range(loads):
                     w = load(u64(source + u64(step * i)))
                     for e in range(each):
                         words[p * width + each * i + e] = w[e]
-            for p in range(TOGETHER):
+            for p in range(together):
                 if u32(done + u32(p)) < parts:
                     for i in range(width):
                         values[first + i] += ptx.float_of_bits(words[p * width + i])
-            done = u32(done + u32(TOGETHER))
+            done = u32(done + u32(together))
 
     return add_parts
 

@@ -159,6 +159,8 @@ store_16 = _asm("st.global.u16 [$0], $1;", [], [u64, u32], memory=True)
 store_64 = _asm("st.global.v2.u32 [$0], {$1,$2};", [], [u64, u32, u32], memory=True)
 store_128 = _asm("st.global.v4.u32 [$0], {$1,$2,$3,$4};", [], [u64, u32, u32, u32, u32], memory=True)
 
+prefetch = _asm("prefetch.global.L2 [$0];", [], [u64], memory=True)  # to the L2 cache, where every later write is seen
+
 load_shared_32 = _asm("ld.shared.u32 $0, [$1];", [u32], [u32], memory=True)
 load_shared_64 = _asm("ld.shared.v2.u32 {$0,$1}, [$2];", [u32] * 2, [u32], memory=True)
 load_shared_128 = _asm("ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", [u32] * 4, [u32], memory=True)

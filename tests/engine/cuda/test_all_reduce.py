@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from engine import reference
+from engine.build import resolve_spec
+from engine.cuda import backend
 from engine.cuda.all_reduce import EMPTY, Peers, SummedNorm, most_rows, sum_threads
 from engine.cuda.elementwise import AddRmsNorm
 from engine.cuda.launch import Library, Variant, assemble, to_ptx
-from engine.cuda.target import PTX_ARCHITECTURES
+from engine.loop import Engine
 from engine.plan_cuda import SUM_TURNS
+from tests.engine.cuda.test_engine import config_of, engine_of
+from tests.engine.judge import Reference, greedy
+from tests.fixtures.toy import toy_checkpoint
+from tests.harness import answers
 from tests.ptx.device import KERNELS, EmulatedDevice
 from tests.ptx.emulator import Emulator, Memory
 
@@ -86,10 +95,10 @@ def check(cards: Cards, rows: int, parts: int, blocks: int, seed: int) -> None:
 
 # (size, hidden, dtype, room, threads, the launches: rows, parts, blocks)
 CASES = [
-    (2, 576, "bfloat16", 70, 0, [(1, 3, 4), (70, 1, 1), (3, 0, 1), (2, 8, 4), (1, 5, 1), (4, 0, 4), (69, 2, 1)]),
-    (2, 1032, "float16", 3, 64, [(3, 4, 1), (1, 0, 4), (3, 1, 4), (2, 7, 1)]),
-    (3, 104, "float16", 4, 0, [(1, 2, 1), (4, 6, 4), (2, 0, 1), (3, 1, 4), (4, 3, 1)]),
-    (8, 256, "bfloat16", 2, 0, [(1, 2, 4), (2, 1, 1), (2, 0, 1), (1, 0, 4)]),
+    (2, 576, "bfloat16", 70, 0, [(1, 3, 8), (70, 1, 1), (3, 12, 1), (2, 8, 8), (1, 5, 1), (4, 0, 8), (69, 2, 1)]),
+    (2, 1032, "float16", 3, 64, [(3, 4, 1), (1, 9, 1), (3, 1, 1), (2, 7, 4)]),  # 5 units a thread: not all of them in registers
+    (3, 104, "float16", 4, 0, [(1, 2, 1), (4, 6, 4), (2, 3, 4), (4, 0, 1)]),
+    (8, 256, "bfloat16", 2, 0, [(1, 2, 1), (2, 5, 1), (2, 4, 1)]),
 ]
 
 
@@ -114,21 +123,33 @@ def test_any_bits_arrive():
     assert residual[:, 0, :2].isnan().all() and (residual[:, 0, 3] == float("inf")).all() and (residual[:, 0, 4:] == 0).all()
 
 
-@pytest.mark.parametrize("cc", PTX_ARCHITECTURES, ids=str)
-def test_it_needs_neither_stack_nor_spills(cc: tuple[int, int]) -> None:
-    for kind, blocks in (("parts", 1), ("rows", 4)):
-        variant = Variant("engine.cuda.all_reduce", "summed_norm", (8192, "bfloat16", 2, kind, blocks, sum_threads(8192)))
-        _, resources = assemble(to_ptx(variant, cc), cc)
-        assert (resources.stack_bytes, resources.spill_bytes) == (0, 0) and resources.registers <= 64
+@pytest.mark.parametrize("cc, size, blocks", [((8, 0), 8, 1), ((8, 9), 4, 8), ((9, 0), 2, 1), ((9, 0), 2, 8)], ids=str)
+def test_it_needs_neither_stack_nor_spills(cc: tuple[int, int], size: int, blocks: int) -> None:
+    variant = Variant("engine.cuda.all_reduce", "summed_norm", (8192, "bfloat16", size, "parts", blocks, sum_threads(8192)))
+    _, resources = assemble(to_ptx(variant, cc), cc)
+    assert (resources.stack_bytes, resources.spill_bytes) == (0, 0) and resources.registers <= 64
+
+
+def card_alone(library: Library, hidden: int, room: int, dtype: str = "bfloat16") -> SummedNorm:
+    """Of one card, which sends to itself."""
+    # slots in one piece with their address: what the emulator lets the kernel reach
+    words = torch.full((2 + SUM_TURNS * room * hidden // 2,), -1, dtype=torch.int64)
+    own = words[2:].view(torch.int32).view(SUM_TURNS, 1, room, hidden)
+    words[0] = own.data_ptr()
+    return SummedNorm(library, hidden, dtype, 0, 1, Peers(own, words), 16)
 
 
 @pytest.fixture
 def alone() -> SummedNorm:
-    """Of one card, which sends to itself."""
-    words = torch.full((2 + SUM_TURNS * 5 * 32,), -1, dtype=torch.int64)  # in one piece with its address: what the emulator lets it reach
-    own = words[2:].view(torch.int32).view(SUM_TURNS, 1, 5, 64)
-    words[0] = own.data_ptr()
-    return SummedNorm(Library(EmulatedDevice(), KERNELS), 64, "bfloat16", 0, 1, Peers(own, words), 16)
+    return card_alone(Library(EmulatedDevice(), KERNELS), 64, 5)
+
+
+async def ids_of(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    await engine.start()
+    try:
+        return await answers(engine, prompts, greedy(3), together=True)
+    finally:
+        await engine.stop()
 
 
 def test_of_one_card_it_is_the_norm_of_the_sum(alone: SummedNorm) -> None:
@@ -152,3 +173,16 @@ def test_many_rows_and_other_widths_are_for_nccl(alone: SummedNorm) -> None:
     with pytest.raises(ValueError, match="6 rows"):
         alone(torch.zeros((6, 64), dtype=torch.bfloat16), torch.zeros((6, 64)), torch.ones(64), torch.zeros((6, 64), dtype=torch.bfloat16), EPS)
     assert most_rows(8192, 2, 132) == 128 and most_rows(8192, 8, 132) == 18 and most_rows(4096, 2, 132) == 132
+
+
+def test_an_engine_leaves_sums_of_few_rows_to_it(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that sums over itself: prompt parts of 17 rows go the other way."""
+    model = toy_checkpoint(tmp_path / "model", "llama")
+    config = config_of(model, root, engine={"max_batch_size": 1})
+    monkeypatch.setattr(backend, "summed_norm_of", lambda library, device, ranks, hidden, dtype: card_alone(library, hidden, 5, dtype))
+    engine, made = engine_of(config)
+    prompt = list(range(3, 20))
+    (ids,) = asyncio.run(ids_of(engine, [prompt]))
+    Reference(model, resolve_spec(config)).check(prompt, ids)
+    launches = [name.split("_")[0] + ("_rows" if "_rows_" in name else "") for name in made[0]._device.launches]
+    assert launches.count("summed_rows") and launches.count("rms_rows")

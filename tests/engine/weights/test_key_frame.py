@@ -87,6 +87,15 @@ def test_in_16_bits_a_frame_changes_nothing_and_in_few_it_saves_most_of_the_loss
         assert kept < lost / 3, (bits, kept, lost)
 
 
+def test_packed_biases_make_a_frame_too(tmp_path: Path) -> None:
+    """Qwen-1: q, k and v are one tensor, every head has its own K."""
+    model = toy_checkpoint(tmp_path, "qwen")
+    plain, framed = decoder_of(model, few_bits=False), decoder_of(model, few_bits=True)
+    assert all(layer.key_frame is not None for layer in framed.layers)
+    true = logits(plain, 0)
+    np.testing.assert_allclose(logits(framed, 0), true, atol=1e-4 * true.std())
+
+
 def test_only_biases_that_reach_the_keys_as_they_are_make_a_frame(tmp_path: Path) -> None:
     model = biased_checkpoint(tmp_path / "qwen2")
     spec = load_spec(model)

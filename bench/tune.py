@@ -68,6 +68,9 @@ def pasted(rows: Sequence[dict[str, Any]]) -> list[str]:
         if kind == "w4":
             launch, us = min(found.items(), key=lambda item: item[1])
             lines.append(f'    ("w4_matmul", {cc}, "{case}"): W4Launch({_arguments(launch)}),  # {note}: {us:.2f} us, of {len(found)}')
+        elif kind == "w4 few":
+            launch, us = min(found.items(), key=lambda item: item[1])
+            lines.append(f'    ({cc}, "{case}"): FewLaunch({_arguments(launch)}),  # {note}: {us:.2f} us, of {len(found)}')
         elif kind == "w4 hopper":
             launch, us = min(found.items(), key=lambda item: item[1])
             lines.append(f'    "{case}": HopperLaunch({_arguments(launch)}),  # {note}: {us:.2f} us, of {len(found)}')

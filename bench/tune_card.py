@@ -32,19 +32,23 @@ from engine.cuda.launch import Kernel, Library, Variant
 from engine.cuda.paged_attention import PagedDecode
 from engine.cuda.prefill_attention import PrefillAttention
 from engine.cuda.tuning import (
+    FEW_BUCKETS,
     HOPPER_BUCKETS,
     ROW_BUCKETS,
+    FewLaunch,
     HopperLaunch,
+    W4Grid,
     W4Launch,
     candidates,
+    few_candidates,
+    few_launch,
     hopper_candidates,
-    hopper_grid,
     hopper_launch,
     most_shared,
-    w4_grid,
     w4_launch,
 )
 from engine.cuda.tuning_attention import DecodeShape, PromptShape
+from engine.cuda.w4_few import W4Few
 from engine.cuda.w4_hopper import W4Hopper
 from engine.cuda.w4_matmul import W4Matmul
 from engine.cuda.w4_product import W4Product
@@ -56,7 +60,10 @@ PROMPT_CASES = ((8, 1024), (1, 8192))
 FINALISTS = 4
 FINALS_SHARE = 0.15  # of the budget
 SUM_LAUNCH_US = 0.8  # an empty launch in a graph: in a step the parts of a product are added by the next kernel, not by one of their own
+MOST_FEW_THREADS = 1280  # of w4_few on a multiprocessor, by its registers
 ENOUGH_IN_FLIGHT = 48 << 10  # bytes a multiprocessor should have on their way from memory
+
+Launch = FewLaunch | W4Launch | HopperLaunch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,25 +131,24 @@ class Tuner:
         return [job for turn in zip_longest(*ordered) for job in turn if job is not None]
 
     def _w4(self) -> Iterator[Job]:
+        """Of each kernel of 4-bit products that the card has, for its own buckets of rows."""
         s, cc = self.shapes, self.device.cc
-        for (name, n, k), m in product(s.products, [rows for rows in ROW_BUCKETS if rows <= max(s.rows)]):
-            first = w4_launch(cc, m, n, k)
-            for launch in dict.fromkeys([first, *candidates(cc, m, n, k, s.group)]):
-                promise = -1.0 if launch == first else self._promise(launch, m, n, k)
-                parted = w4_grid(launch, m, n, k, s.group, self.device.multiprocessors).splits > 1
-                yield self._w4_job("w4", (name, n, k), m, launch, promise, parted)
-        buckets = HOPPER_BUCKETS if cc == (9, 0) else ()
-        for (name, n, k), m in product(s.products, [rows for rows in buckets if rows <= max(s.rows)]):
-            best = hopper_launch(m, n, k)
-            for launch in dict.fromkeys([best, *hopper_candidates(m, n, s.group)]):
-                grid = hopper_grid(launch, m, n, k, s.group, self.device.multiprocessors)
-                blocks = grid.column_blocks * grid.splits * grid.row_blocks
-                rounds = -(-blocks // self.device.multiprocessors) * self.device.multiprocessors / blocks
-                promise = -1.0 if launch == best else rounds * grid.row_blocks
-                yield self._w4_job("w4 hopper", (name, n, k), m, launch, promise, grid.splits > 1)
+        families: list[tuple[str, tuple[int, ...], Callable[..., Any], Callable[..., Iterator[Any]]]] = [
+            ("w4 few", FEW_BUCKETS, partial(few_launch, cc), partial(few_candidates, cc)),
+            ("w4", ROW_BUCKETS, partial(w4_launch, cc), partial(candidates, cc)),
+        ]
+        if cc == (9, 0):
+            families.append(("w4 hopper", HOPPER_BUCKETS, hopper_launch, hopper_candidates))
+        for kind, buckets, launch_of, candidates_of in families:
+            for (name, n, k), m in product(s.products, [rows for rows in buckets if rows <= max(s.rows)]):
+                first = launch_of(m, n, k)
+                for launch in dict.fromkeys([first, *candidates_of(m, n, k, s.group)]):
+                    grid = self._w4_op(n, k, m, launch).launch(m)[1]
+                    promise = -1.0 if launch == first else self._promise(launch, grid, k)
+                    yield self._w4_job(kind, (name, n, k), m, launch, promise, grid.splits > 1)
 
     def _w4_job(
-        self, kind: str, weight: tuple[str, int, int], m: int, launch: W4Launch | HopperLaunch, promise: float, parted: bool
+        self, kind: str, weight: tuple[str, int, int], m: int, launch: Launch, promise: float, parted: bool
     ) -> Job:  # fmt: skip
         name, n, k = weight
         return Job(
@@ -150,24 +156,33 @@ class Tuner:
             partial(self._w4_ready, name, n, k, m, launch), SUM_LAUNCH_US if parted else 0.0,
         )  # fmt: skip
 
-    def _promise(self, launch: W4Launch, m: int, n: int, k: int) -> float:
+    def _promise(self, launch: Launch, grid: W4Grid, k: int) -> float:
         """How unevenly the multiprocessors are loaded, and how little is in flight: a guess that only orders the candidates."""
-        mps, group = self.device.multiprocessors, self.shapes.group
-        grid = w4_grid(launch, m, n, k, group, mps)
-        resident = max(1, min(launch.waves or 1, most_shared(self.device.cc) // launch.shared_bytes(group)))
-        blocks = grid.column_blocks * grid.splits * grid.row_blocks
-        rounds = -(-blocks // (mps * resident)) * mps * resident / blocks
-        flying = resident * launch.shared_bytes(group) * (launch.stages - 1) / launch.stages
+        mps, group, blocks = self.device.multiprocessors, self.shapes.group, grid.column_blocks * grid.splits * grid.row_blocks
+        if isinstance(launch, HopperLaunch):
+            return -(-blocks // mps) * mps / blocks * grid.row_blocks
+        room = most_shared(self.device.cc) // grid.shared_bytes
+        if isinstance(launch, FewLaunch):
+            resident = max(1, min(room, MOST_FEW_THREADS // launch.threads, -(-blocks // mps)))
+            steps = -(-launch.steps(k, group) // grid.splits)
+            flying = resident * launch.threads // 32 * launch.tiles * min(launch.ahead, steps) * launch.tile_slot(group)
+            rounds = -(-blocks // mps) * mps / blocks
+        else:
+            resident = max(1, min(launch.waves or 1, room))
+            flying = resident * grid.shared_bytes * (launch.stages - 1) // launch.stages
+            rounds = -(-blocks // (mps * resident)) * mps * resident / blocks
         return rounds * (1 + max(0.0, ENOUGH_IN_FLIGHT / flying - 1)) * (1.1 if grid.part_floats else 1.0)
 
-    def _w4_op(self, n: int, k: int, m: int, launch: W4Launch | HopperLaunch) -> W4Product:
+    def _w4_op(self, n: int, k: int, m: int, launch: Launch) -> W4Product:
         weight = (self.library, n, k, self.shapes.group, "zero", self.dtype)
         card = {"cc": self.device.cc, "multiprocessors": self.device.multiprocessors}
+        if isinstance(launch, FewLaunch):
+            return W4Few(*weight, **card, max_m=m, launch=launch)
         if isinstance(launch, HopperLaunch):
             return W4Hopper(*weight, **card, max_m=m, launch=launch)
         return W4Matmul(*weight, **card, max_m=m, launch=launch)
 
-    def _w4_ready(self, name: str, n: int, k: int, m: int, launch: W4Launch | HopperLaunch) -> tuple[float, Sequence[Call]]:
+    def _w4_ready(self, name: str, n: int, k: int, m: int, launch: Launch) -> tuple[float, Sequence[Call]]:
         weight: Product = self._subject(("w4", name), lambda: Product(self.bench, n, k))
         x, out = self._subject(("x", name, m), lambda: (self.bench.random(m, k), self.bench.poisoned(m, n)))
         op = self._w4_op(n, k, m, launch)

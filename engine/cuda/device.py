@@ -36,6 +36,7 @@ class CudaDevice:
         self.name: str = properties.name
         self.cc: tuple[int, int] = (properties.major, properties.minor)
         self.multiprocessors: int = properties.multi_processor_count
+        self._most_shared: int = properties.shared_memory_per_block_optin
         if self.cc < OLDEST:
             raise DeviceError(
                 f"{self.name} has compute capability {self.cc[0]}.{self.cc[1]}; the oldest that CUDA 13 compiles for is 7.5 (Turing)."
@@ -53,7 +54,8 @@ class CudaDevice:
         function = _done(driver.cuModuleGetFunction(module, entry.encode()), f"finding {entry}")
         if kernel.shared_bytes > 48 * 1024:  # more must be asked for
             most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _done(driver.cuFuncSetAttribute(function, most, kernel.shared_bytes), f"{entry}: {kernel.shared_bytes} bytes of shared memory")
+            room = min(kernel.shared_bytes, self._most_shared)  # a launch may take less than the kernel's most
+            _done(driver.cuFuncSetAttribute(function, most, room), f"{entry}: {room} bytes of shared memory")
         return self._launcher(driver, function, entry, kernel)
 
     def _launcher(self, driver: Any, function: Any, entry: str, kernel: Kernel) -> Callable[..., None]:

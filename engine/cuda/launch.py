@@ -37,7 +37,7 @@ Scalar = int | float | str | bool
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel before compilation. `threads`: of a thread block; `shared_bytes`: dynamic shared memory of a launch;
+    """A kernel before compilation. `threads`: of a thread block; `shared_bytes`: most dynamic shared memory of a launch;
     `min_blocks`: thread blocks that must fit on a multiprocessor; `suffix` "a": uses the architecture's own instructions; `early`:
     every thread calls `ptx.after_previous` before it touches what other kernels write, so that the kernel may be started while
     the one before it still runs (programmatic dependent launch, cc 9.0)."""

@@ -16,8 +16,9 @@ from functools import cache
 TILE_ROWS = 16  # output channels of a tile
 CHUNK = 64  # input channels of a chunk
 GROUP_SIZES = (32, 64, 128)
-ROW_BUCKETS = (1, 8, 16, 32, 64)  # rows of activations that one thread block of the product serves
-HOPPER_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows of activations of the rows of the table for w4_hopper
+FEW_BUCKETS = (1, 8)  # rows of activations that one thread block of w4_few serves
+ROW_BUCKETS = (16, 32, 64)  # .. of w4_matmul
+HOPPER_BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows of activations of the rows of the table for w4_hopper
 WIDE = 8192  # output channels from which a shape is of the class "wide"
 MOST_SHARED = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227}  # KiB a thread block may have
 LEAST_SHARED = 99  # KiB, of a card not named above, cc 8.0 or newer
@@ -118,12 +119,14 @@ def sum_spans(group: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class W4Grid:
-    """Thread blocks of one product: blocks of output channels, each `splits` times, by blocks of rows; floats of the parts it writes."""
+    """Thread blocks of one product: blocks of output channels, each `splits` times, by blocks of rows; floats of the parts it writes;
+    bytes of dynamic shared memory of a thread block."""
 
     column_blocks: int
     splits: int
     row_blocks: int
     part_floats: int
+    shared_bytes: int
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -136,7 +139,74 @@ def w4_grid(launch: W4Launch, m: int, n: int, k: int, group: int, multiprocessor
     steps = -(-k // (launch.warps_k * (128 if group == 128 else CHUNK)))
     room = launch.waves * multiprocessors // (row_blocks * column_blocks)
     splits = max(1, min(room, steps // MIN_STEPS, MOST_SPLITS))
-    return W4Grid(column_blocks, splits, row_blocks, splits * m * n if splits > 1 else 0)
+    return W4Grid(column_blocks, splits, row_blocks, splits * m * n if splits > 1 else 0, launch.shared_bytes(group))
+
+
+# -- the 4-bit product of few rows ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FewLaunch:
+    """One way to launch `engine/cuda/w4_few.py`; the work split is drawn there.
+
+    rows: 1 or 8, activations a thread block serves; tiles: 16-row weight tiles of a warp; warps_n x warps_k: warps over output and
+    over input channels; ahead: units of weights on their way; at_once: the next kernel may begin while this one works, not when it is
+    through; waves: as of `W4Launch`.
+    """
+
+    rows: int
+    tiles: int
+    warps_n: int
+    warps_k: int
+    ahead: int
+    at_once: bool = False
+    waves: int = 0
+
+    @property
+    def constants(self) -> tuple[int, ...]:
+        """What the kernel is compiled for."""
+        return (self.rows, self.tiles, self.warps_n, self.warps_k, self.ahead, self.at_once)
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_n * self.warps_k
+
+    @property
+    def block_n(self) -> int:
+        """Output channels of a thread block."""
+        return TILE_ROWS * self.tiles * self.warps_n
+
+    def tile_slot(self, group: int) -> int:
+        """Bytes of a tile's unit in a warp's ring: weights, then pairs, 8 bytes a lane and group."""
+        unit = few_unit(group)
+        return unit // CHUNK * 512 + unit // group * 256
+
+    def steps(self, k: int, group: int) -> int:
+        """Of k input channels: a unit of each warp along K."""
+        return -(-k // (self.warps_k * few_unit(group)))
+
+    def shared_bytes(self, k: int, group: int, splits: int) -> int:
+        """Rings | sums of x | x; at the end, in their place, results [warps_k, rows, block_n + 4] float32."""
+        channels = -(-self.steps(k, group) // splits) * self.warps_k * few_unit(group)
+        rings = self.threads // 32 * self.ahead * self.tiles * self.tile_slot(group)
+        sums = channels // (16 * steps_of_span(group)) * 32
+        return max(rings + sums + self.rows * (2 * channels + 64), 4 * self.warps_k * self.rows * (self.block_n + 4))
+
+
+def few_unit(group: int) -> int:
+    """Input channels that a warp takes at a time."""
+    return 128 if group == 128 else CHUNK
+
+
+def few_grid(launch: FewLaunch, m: int, n: int, k: int, group: int, multiprocessors: int, shared_bytes: int) -> W4Grid:
+    """How a product of m rows is cut; x of a part, with the rings, must fit in `shared_bytes`."""
+    row_blocks, column_blocks = -(-m // launch.rows), -(-n // launch.block_n)
+    steps = launch.steps(k, group)
+    room = launch.waves * multiprocessors // (row_blocks * column_blocks)
+    splits = max(1, min(room, steps // MIN_STEPS, MOST_SPLITS))
+    while splits < steps and launch.shared_bytes(k, group, splits) > shared_bytes:
+        splits += 1
+    return W4Grid(column_blocks, splits, row_blocks, splits * m * n if splits > 1 else 0, launch.shared_bytes(k, group, splits))
 
 
 # -- the 4-bit product with wgmma --------------------------------------------------------------------------------------------------
@@ -217,7 +287,7 @@ def hopper_grid(launch: HopperLaunch, m: int, n: int, k: int, group: int, multip
     steps = -(-k // step_channels(group))
     room = launch.waves * multiprocessors // (row_blocks * column_blocks)
     splits = max(1, min(room, steps // MIN_STEPS, MOST_SPLITS))
-    return W4Grid(column_blocks, splits, row_blocks, splits * m * n if splits > 1 else 0)
+    return W4Grid(column_blocks, splits, row_blocks, splits * m * n if splits > 1 else 0, launch.shared_bytes(group))
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------------------
@@ -236,24 +306,12 @@ def shape_class(bucket: int, n: int) -> str:
 # Key: (kernel, compute capability, "rows n k" of one shape or a shape class). Newest first; a date and the card at each row.
 TUNED: dict[tuple[str, tuple[int, int], str], W4Launch] = {
     # classes: the row of a shape of the class that was never far from the best of its other shapes (2026-11-20, H200)
-    ("w4_matmul", (9, 0), "1 rows, narrow"): W4Launch(1, 2, 2, 2, 4, 3),
-    ("w4_matmul", (9, 0), "1 rows, wide"): W4Launch(1, 2, 7, 1, 4, 2),
-    ("w4_matmul", (9, 0), "8 rows, narrow"): W4Launch(8, 2, 4, 1, 4, 3),
-    ("w4_matmul", (9, 0), "8 rows, wide"): W4Launch(8, 2, 4, 1, 4, 4),
     ("w4_matmul", (9, 0), "16 rows, narrow"): W4Launch(16, 2, 4, 2, 4, 1),
     ("w4_matmul", (9, 0), "16 rows, wide"): W4Launch(16, 2, 8, 2, 4, 0),
     ("w4_matmul", (9, 0), "32 rows, narrow"): W4Launch(32, 2, 4, 1, 3, 3),
     ("w4_matmul", (9, 0), "32 rows, wide"): W4Launch(32, 4, 7, 1, 4, 1),
     ("w4_matmul", (9, 0), "64 rows, narrow"): W4Launch(64, 2, 8, 1, 6, 1),
     ("w4_matmul", (9, 0), "64 rows, wide"): W4Launch(64, 2, 8, 1, 6, 1),
-    ("w4_matmul", (9, 0), "1 4096 4096"): W4Launch(1, 1, 2, 8, 4, 0),  # 2026-11-20, H200, 6.35 us
-    ("w4_matmul", (9, 0), "1 4096 14336"): W4Launch(1, 2, 2, 4, 4, 2),  # 2026-11-20, H200, 13.32 us
-    ("w4_matmul", (9, 0), "1 6144 4096"): W4Launch(1, 2, 2, 2, 4, 3),  # 2026-11-20, H200, 8.15 us
-    ("w4_matmul", (9, 0), "1 28672 4096"): W4Launch(1, 2, 7, 1, 4, 2),  # 2026-11-20, H200, 22.12 us
-    ("w4_matmul", (9, 0), "8 4096 4096"): W4Launch(8, 1, 2, 8, 4, 0),  # 2026-11-20, H200, 6.78 us
-    ("w4_matmul", (9, 0), "8 4096 14336"): W4Launch(8, 2, 2, 2, 3, 4),  # 2026-11-20, H200, 13.63 us
-    ("w4_matmul", (9, 0), "8 6144 4096"): W4Launch(8, 2, 4, 1, 4, 3),  # 2026-11-20, H200, 8.37 us
-    ("w4_matmul", (9, 0), "8 28672 4096"): W4Launch(8, 2, 4, 1, 4, 4),  # 2026-11-20, H200, 22.62 us
     ("w4_matmul", (9, 0), "16 4096 4096"): W4Launch(16, 2, 4, 2, 6, 1),  # 2026-11-20, H200, 7.66 us
     ("w4_matmul", (9, 0), "16 4096 14336"): W4Launch(16, 2, 4, 4, 4, 1),  # 2026-11-20, H200, 15.18 us
     ("w4_matmul", (9, 0), "16 6144 4096"): W4Launch(16, 3, 4, 2, 4, 1),  # 2026-11-20, H200, 9.31 us
@@ -269,15 +327,13 @@ TUNED: dict[tuple[str, tuple[int, int], str], W4Launch] = {
 }
 
 # Of `w4_hopper`, which runs on compute capability 9.0 alone: by "rows n k" of one shape or a shape class. The best of some hundred
-# launches from 16 to 128 rows, of fifteen below, of five beyond; the classes as above. 2026-11-20, H200.
-_HOPPER_8, _HOPPER_16 = HopperLaunch(8, 4, 1, 3, 4, 2, 1, 4), HopperLaunch(16, 4, 1, 3, 4, 2, 1, 4)
+# launches from 16 to 128 rows, of five beyond; the classes as above. 2026-11-20, H200.
+_HOPPER_16, _HOPPER_16_SMALL = HopperLaunch(16, 4, 1, 3, 4, 2, 1, 4), HopperLaunch(16, 3, 1, 3, 4, 2, 1, 4)
 _HOPPER_24 = HopperLaunch(24, 4, 1, 3, 4, 2, 1, 4)
 _HOPPER_32, _HOPPER_48 = HopperLaunch(32, 4, 1, 3, 4, 2, 1, 1), HopperLaunch(48, 2, 2, 3, 4, 2, 1, 4)
 _HOPPER_64, _HOPPER_64_SMALL = HopperLaunch(64, 2, 2, 3, 5, 2, 1, 1), HopperLaunch(64, 3, 1, 3, 6, 2, 1, 1)
 HOPPER: dict[str, HopperLaunch] = {
-    "8 rows, narrow": _HOPPER_8,
-    "8 rows, wide": _HOPPER_8,
-    "16 rows, narrow": _HOPPER_16,
+    "16 rows, narrow": _HOPPER_16_SMALL,
     "16 rows, wide": _HOPPER_16,
     "24 rows, narrow": _HOPPER_24,
     "24 rows, wide": _HOPPER_24,
@@ -305,13 +361,32 @@ HOPPER: dict[str, HopperLaunch] = {
     "256 6144 4096": _HOPPER_64_SMALL,
 }
 
+# Of `w4_few`, as above. 2026-11-20, H200.
+FEW: dict[tuple[tuple[int, int], str], FewLaunch] = {
+    ((9, 0), "1 rows, narrow"): FewLaunch(1, 1, 2, 8, 3, True, 2),
+    ((9, 0), "1 rows, wide"): FewLaunch(1, 1, 7, 2, 4, True, 2),
+    ((9, 0), "8 rows, narrow"): FewLaunch(8, 1, 4, 4, 6, True, 1),
+    ((9, 0), "8 rows, wide"): FewLaunch(8, 1, 14, 1, 4, True, 1),
+    ((9, 0), "1 6144 4096"): FewLaunch(1, 1, 6, 2, 4, True, 2),  # 6.59 us
+    ((9, 0), "1 4096 4096"): FewLaunch(1, 1, 2, 8, 3, True, 2),  # 4.91 us
+    ((9, 0), "1 28672 4096"): FewLaunch(1, 1, 7, 2, 4, True, 0),  # 16.08 us
+    ((9, 0), "1 4096 14336"): FewLaunch(1, 1, 4, 7, 2, True, 1),  # 10.61 us
+    ((9, 0), "8 6144 4096"): FewLaunch(8, 1, 3, 4, 6, True, 0),  # 7.54 us
+    ((9, 0), "8 4096 4096"): FewLaunch(8, 1, 2, 8, 6, True, 0),  # 6.30 us
+    ((9, 0), "8 28672 4096"): FewLaunch(8, 1, 14, 2, 3, True, 0),  # 18.55 us
+    ((9, 0), "8 4096 14336"): FewLaunch(8, 1, 8, 2, 4, True, 1),  # 11.76 us
+}
+# Estimates, not measured: rings of about 40 KB a thread block, two of them on a multiprocessor.
+FEW_DEFAULTS: dict[str, FewLaunch] = {
+    "1 rows, narrow": FewLaunch(1, 1, 4, 2, 4, False, 2),
+    "1 rows, wide": FewLaunch(1, 1, 8, 1, 4, False, 2),
+    "8 rows, narrow": FewLaunch(8, 2, 4, 1, 4, False, 2),
+    "8 rows, wide": FewLaunch(8, 2, 4, 1, 4, False, 2),
+}
+
 # Estimates, not measured: a pipeline of about 50 to 100 KB a multiprocessor (bandwidth x latency is 25), two thread blocks
 # a multiprocessor where they fit, and activations read again at most as often as the weights once.
 LARGE_SHARED: dict[str, W4Launch] = {
-    "1 rows, narrow": W4Launch(1, 2, 1, 8, 3, 0),
-    "1 rows, wide": W4Launch(1, 2, 1, 8, 3, 3),
-    "8 rows, narrow": W4Launch(8, 2, 1, 8, 3, 0),
-    "8 rows, wide": W4Launch(8, 2, 1, 8, 3, 2),
     "16 rows, narrow": W4Launch(16, 2, 4, 2, 4, 1),
     "16 rows, wide": W4Launch(16, 2, 4, 2, 4, 2),
     "32 rows, narrow": W4Launch(32, 2, 8, 1, 4, 1),
@@ -321,9 +396,6 @@ LARGE_SHARED: dict[str, W4Launch] = {
 }
 SMALL_SHARED: dict[str, W4Launch] = {
     **LARGE_SHARED,
-    "1 rows, wide": W4Launch(1, 2, 1, 8, 3, 1),
-    "8 rows, narrow": W4Launch(8, 2, 2, 4, 3, 1),
-    "8 rows, wide": W4Launch(8, 2, 2, 4, 3, 1),
     "16 rows, narrow": W4Launch(16, 2, 4, 2, 3, 1),
     "16 rows, wide": W4Launch(16, 2, 4, 2, 3, 1),
     "32 rows, narrow": W4Launch(32, 2, 4, 1, 3, 1),
@@ -351,18 +423,27 @@ def w4_launch(cc: tuple[int, int], m: int, n: int, k: int) -> W4Launch:
     return defaults(cc)[kind]
 
 
+def few_launch(cc: tuple[int, int], m: int, n: int, k: int) -> FewLaunch:
+    """The same for `w4_few`."""
+    bucket = row_bucket(m, FEW_BUCKETS)
+    kind = shape_class(bucket, n)
+    return FEW.get((cc, f"{bucket} {n} {k}")) or FEW.get((cc, kind)) or FEW_DEFAULTS[kind]
+
+
 def hopper_launch(m: int, n: int, k: int) -> HopperLaunch:
     """The row for m rows of activations and a weight [n, k]: of the shape, or of its class."""
     bucket = row_bucket(m, HOPPER_BUCKETS)
     return HOPPER.get(f"{bucket} {n} {k}") or HOPPER[shape_class(bucket, n)]
 
 
-# From how many rows a kernel is the quickest of those that take a weight of the form; before them w4_matmul.
-HOPPER_FROM: dict[tuple[tuple[int, int], str], int] = {((9, 0), "zero"): 1}  # 2026-11-20, H200
+# From how many rows a kernel is the quickest of those that take a weight of the form; between it and w4_few's few w4_matmul is.
+HOPPER_FROM: dict[tuple[tuple[int, int], str], int] = {((9, 0), "zero"): 9}  # 2026-11-20, H200
 
 
 def w4_kernel(cc: tuple[int, int], form: str, m: int) -> str:
     """Which kernel multiplies m rows of activations with a packed weight."""
+    if m <= FEW_BUCKETS[-1]:
+        return "w4_few"
     return "w4_hopper" if m >= HOPPER_FROM.get((cc, form), m + 1) else "w4_matmul"
 
 
@@ -387,7 +468,10 @@ def most_part_floats(cc: tuple[int, int], multiprocessors: int, n: int, k: int, 
     most = 0
     for form in ("zero", "bias"):
         for m in range(1, dense_from(cc, form, resident=False)):
-            if w4_kernel(cc, form, m) == "w4_hopper":
+            kernel = w4_kernel(cc, form, m)
+            if kernel == "w4_few":
+                grid = few_grid(few_launch(cc, m, n, k), m, n, k, group, multiprocessors, most_shared(cc))
+            elif kernel == "w4_hopper":
                 grid = hopper_grid(hopper_launch(m, n, k), m, n, k, group, multiprocessors)
             else:
                 grid = w4_grid(w4_launch(cc, m, n, k), m, n, k, group, multiprocessors)
@@ -398,7 +482,7 @@ def most_part_floats(cc: tuple[int, int], multiprocessors: int, n: int, k: int, 
 @cache
 def _space(rows: int) -> tuple[W4Launch, ...]:
     tiles = (1, 2, 4) if rows >= 32 else (1, 2, 3, 4)
-    splits = [(n, k) for n in (1, 2, 4, 7, 8) for k in (1, 2, 4, 8, 16) if n * k in (4, 7, 8, 14, 16) and (rows <= 16 or k <= 2)]
+    splits = [(n, k) for n in (1, 2, 4, 7, 8) for k in (1, 2, 4, 8, 16) if n * k in (4, 7, 8, 14, 16) and (rows == 16 or k <= 2)]
     return tuple(
         W4Launch(rows, t, n, k, stages, waves) for t in tiles for n, k in splits for stages in (3, 4, 6) for waves in (0, 1, 2, 3, 4)
     )
@@ -418,6 +502,25 @@ def candidates(cc: tuple[int, int], m: int, n: int, k: int, group: int) -> Itera
 
 
 @cache
+def _few_space(rows: int) -> tuple[FewLaunch, ...]:
+    splits = [(n, k) for n in (1, 2, 3, 4, 6, 7, 8, 12, 14, 16, 24, 28) for k in (1, 2, 4, 8, 16) if 4 <= n * k <= 32]
+    return tuple(
+        FewLaunch(rows, tiles, n, k, ahead, at_once, waves)
+        for tiles in (1, 2) for n, k in splits for ahead in (2, 3, 4, 6, 8) if tiles * ahead <= 8
+        for at_once in (False, True) for waves in (0, 1, 2, 3, 4)
+    )  # fmt: skip
+
+
+def few_candidates(cc: tuple[int, int], m: int, n: int, k: int, group: int) -> Iterator[FewLaunch]:
+    """The same for `w4_few`."""
+    for launch in _few_space(row_bucket(m, FEW_BUCKETS)):
+        idle = launch.warps_k * few_unit(group) * MIN_STEPS > k or launch.block_n > n
+        registers = 48 if launch.tiles == 1 else 80
+        if not idle and launch.threads * registers <= 65536 and launch.shared_bytes(k, group, launch.steps(k, group)) <= most_shared(cc):
+            yield launch
+
+
+@cache
 def _hopper_space(bucket: int) -> tuple[HopperLaunch, ...]:
     """Of the bucket's rows, or blocks of fewer where they are many."""
     served = (bucket,) if bucket < 96 else (bucket // 2, bucket) if bucket <= 128 else (64, 80, 96)
@@ -428,9 +531,10 @@ def _hopper_space(bucket: int) -> tuple[HopperLaunch, ...]:
     )  # fmt: skip
 
 
-def hopper_candidates(m: int, n: int, group: int) -> Iterator[HopperLaunch]:
+def hopper_candidates(m: int, n: int, k: int, group: int) -> Iterator[HopperLaunch]:
     """The same for `w4_hopper`. Registers are an estimate; what spills is slow, not wrong."""
     for launch in _hopper_space(row_bucket(m, HOPPER_BUCKETS)):
         registers = 56 + launch.rows // 2 * (launch.tiles + 1)
-        if launch.block_n <= max(n, 64) and launch.threads * registers <= 65536 and launch.shared_bytes(group) <= most_shared((9, 0)):
+        idle = launch.block_n > max(n, 64) or step_channels(group) > k
+        if not idle and launch.threads * registers <= 65536 and launch.shared_bytes(group) <= most_shared((9, 0)):
             yield launch

@@ -1,7 +1,7 @@
 """The product of one 4-bit weight, by whichever kernel is the quickest for the rows of x (`tuning.w4_kernel`).
 
-    compute capability 9.0, pairs of the form zero     w4_hopper
-    others from 8.0 on                                 w4_matmul
+    compute capability 9.0, pairs of the form zero     w4_few, w4_hopper
+    others from 8.0 on                                 w4_few, w4_matmul
 
 Where a dense product is quicker than both is `tuning.dense_from`; who holds the dense weight decides that (`linear.py`).
 """
@@ -12,12 +12,13 @@ import torch
 
 from engine.cuda.launch import Library
 from engine.cuda.tuning import w4_kernel
+from engine.cuda.w4_few import W4Few
 from engine.cuda.w4_hopper import W4Hopper
 from engine.cuda.w4_layout import W4Device
 from engine.cuda.w4_matmul import W4Matmul
 from engine.cuda.w4_product import W4Product
 
-FAMILIES: dict[str, type[W4Matmul] | type[W4Hopper]] = {"w4_matmul": W4Matmul, "w4_hopper": W4Hopper}
+FAMILIES: dict[str, type[W4Few] | type[W4Matmul] | type[W4Hopper]] = {"w4_few": W4Few, "w4_matmul": W4Matmul, "w4_hopper": W4Hopper}
 
 
 class W4ByRows:

@@ -1,6 +1,6 @@
 """out = x @ dequantize(w).T + bias for a 4-bit weight (engine.w4.dequantize, engine.reference.linear): weights stream, x waits.
 
-One kernel for every number of rows M; how it is cut is a `W4Launch` of `engine/cuda/tuning.py`. Weights are read as drawn in
+For more than a few rows (`engine/cuda/w4_few.py`); how it is cut is a `W4Launch` of `engine/cuda/tuning.py`. Weights are read as drawn in
 `engine/cuda/w4_layout.py`; x [M, K] and out [M, N] lie in rows, bias is float32 [N].
 
 Numbers: with magic numbers a weight fragment costs a shift and an and-or a register and is exact, so a span of input channels
@@ -32,15 +32,15 @@ Work split:
     the next kernel adds up (`engine/cuda/parts.py`): no counter, no fence, nobody waits for anybody, and results do not depend
     on timing.
 
-Versions tried: microseconds of a Llama-3.1-8B layer on an H200 (bench/LOG.md) at 1 / 8 / 16 / 32 / 64 rows, bfloat16, groups of 128;
-then instructions of the PTX, a warp and chunk, counted by the emulator (at 4.37 TB/s a warp scheduler has about 108 cycles a chunk):
+Versions tried: microseconds of a Llama-3.1-8B layer on an H200 (bench/LOG.md) at 16 / 32 / 64 rows, bfloat16, groups of 128; then
+instructions of the PTX, a warp and chunk, counted by the emulator (at 4.37 TB/s a warp scheduler has about 108 cycles a chunk):
 
-    a cut of all steps into equal shares, the last thread block of a piece adds it up   62.6 / 65.1 / 115 / 244 / 473 us
-    parts of split input channels, added up by the next kernel                          49.9 / 51.4 / 58.4 / 80.5 / 128 us
+    a cut of all steps into equal shares, the last thread block of a piece adds it up   115 / 244 / 473 us
+    parts of split input channels, added up by the next kernel                          58.4 / 80.5 / 128 us
 
-    signed 64-bit index arithmetic, x pieces found by division             91 / 130 / 116 / 165 / 261
-    unsigned, running addresses, x pieces at a fixed place of a thread     87 / 96 / 99 / 145 / 225
-    both chunks of a group unpacked before its products (rows > 8)         87 / 96 / 99 / 116 / 170
+    signed 64-bit index arithmetic, x pieces found by division             116 / 165 / 261
+    unsigned, running addresses, x pieces at a fixed place of a thread     99 / 145 / 225
+    both chunks of a group unpacked before its products                    99 / 116 / 170
 
     relative error against float64 (float32 out, in the emulator): 4e-8 .. 1.4e-7; no bank conflicts, no part of a sector unused
 """
@@ -64,18 +64,13 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
     launch = W4Launch(rows, tiles, warps_n, warps_k, stages)
     shared_map = W4Shared.of(launch, group)
     warps, threads, block_n = warps_n * warps_k, launch.threads, launch.block_n
-    columns = (rows + 7) // 8  # fragments of 8 rows of x
+    columns = rows // 8  # fragments of 8 rows of x
     chunks_of_unit = 2 if group == 128 else 1
     unit = 64 * chunks_of_unit
     groups_of_unit = unit // group
     step_k, step_chunks = warps_k * unit, warps_k * chunks_of_unit
     pieces = step_k // 8  # 16-byte pieces of a row of x in a stage
     span, spans = steps_of_span(group), sum_spans(group)
-    # chunks whose A fragments are in registers at a time: all of a span where sums of a span are too many to be kept meanwhile
-    depth = chunks_of_unit if rows > 8 else 1
-    length = min(span, 4 * depth)  # mma steps of a span at a time
-    spans_at_once = 4 * depth // length
-    whole_span = length == span
     rows_of_pass = threads // pieces
     passes = -(-rows // rows_of_pass)
     weights_of_warp, pairs_of_warp = tiles * chunks_of_unit * 512, tiles * groups_of_unit * 64
@@ -86,11 +81,11 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
     sum_items = warps_k * columns
     sum_rounds = -(-sum_items // warps)
     fragments = tiles * columns
-    results, scales, weight_registers, x_registers = fragments * 4, tiles * groups_of_unit * 4, tiles * depth * 16, depth * 8
-    ragged, few, whole_columns = group == 32, rows <= 8, rows >= 8
-    bf16, zero_form = dtype == "bfloat16", form == "zero"
-    if copy_lanes > 32 or stages < 3 or stages > 10:
-        raise ValueError(f"{launch} cannot be compiled: at most 8 groups a warp and step, 3 to 10 stages")
+    results, scales = fragments * 4, tiles * groups_of_unit * 4
+    weight_registers, x_registers = tiles * chunks_of_unit * 16, chunks_of_unit * 8
+    ragged, bf16, zero_form = group == 32, dtype == "bfloat16", form == "zero"
+    if copy_lanes > 32 or stages < 3 or stages > 10 or rows % 16:
+        raise ValueError(f"{launch} cannot be compiled: rows a multiple of 16, at most 8 groups a warp and step, 3 to 10 stages")
 
     zero = f32(0.0)
     offset = f32(16.0 if bf16 else 0.0)
@@ -101,7 +96,7 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
 
     def unpack_chunk(index, a, at):  # type: ignore[no-untyped-def]
         """A chunk of a tile to the 16 registers of its four A fragments."""
-        j, c = i32(index // depth), i32(index % depth)
+        j, c = i32(index // chunks_of_unit), i32(index % chunks_of_unit)
         v = ptx.load_shared_128(u32(at + u32(i32((j * chunks_of_unit + c) * 512))))
         for i in range(4):
             w = v[i]
@@ -117,30 +112,26 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
                 a[f + 2] = u32(u32(w >> u32(8)) & u32(0x000F000F))
                 a[f + 3] = u32(u32(w >> u32(8)) & u32(0x00F000F0))
 
-    def multiply_fragment(index, acc, part, a, b, scale, x_from, sums_from, begins, ends):  # type: ignore[no-untyped-def]
-        """The steps of `depth` chunks of one tile and eight rows of x; a span that `ends` is scaled into acc."""
+    def multiply_fragment(index, acc, a, b, scale, x_from, sums_from):  # type: ignore[no-untyped-def]
+        """A unit of one tile and eight rows of x."""
         column, j = i32(index // tiles), i32(index % tiles)
         o = i32((j * columns + column) * 4)
-        p = i32(0) if whole_span else o
         if j == 0:
-            for i in range(2 * depth):
+            for i in range(2 * chunks_of_unit):
                 v = ptx.load_shared_128(u32(x_from + u32(i32(column * (8 * x_pitch) + i * 64))))
                 b[i * 4], b[i * 4 + 1], b[i * 4 + 2], b[i * 4 + 3] = v[0], v[1], v[2], v[3]
-        for s in range(spans_at_once):
-            if begins:
-                part[p], part[p + 1], part[p + 2], part[p + 3] = zero, zero, zero, zero
-            for i in range(length):
-                f, h = j * (16 * depth) + (s * length + i) * 4, (s * length + i) * 2
-                d = mma(a[f], a[f + 1], a[f + 2], a[f + 3], b[h], b[h + 1], part[p], part[p + 1], part[p + 2], part[p + 3])
-                part[p], part[p + 1], part[p + 2], part[p + 3] = d[0], d[1], d[2], d[3]
-            if ends:
-                u = ptx.load_shared_64(u32(sums_from + u32(i32((s * columns + column) * 32))))
-                x0, x1 = ptx.float_of_bits(u[0]), ptx.float_of_bits(u[1])
-                q = (j * groups_of_unit + s) * 4
-                acc[o] = ptx.fma(scale[q + 1], x0, ptx.fma(scale[q], part[p], acc[o]))
-                acc[o + 1] = ptx.fma(scale[q + 1], x1, ptx.fma(scale[q], part[p + 1], acc[o + 1]))
-                acc[o + 2] = ptx.fma(scale[q + 3], x0, ptx.fma(scale[q + 2], part[p + 2], acc[o + 2]))
-                acc[o + 3] = ptx.fma(scale[q + 3], x1, ptx.fma(scale[q + 2], part[p + 3], acc[o + 3]))
+        for s in range(spans):
+            d0, d1, d2, d3 = zero, zero, zero, zero
+            for i in range(span):
+                f, h = j * (16 * chunks_of_unit) + (s * span + i) * 4, (s * span + i) * 2
+                d0, d1, d2, d3 = mma(a[f], a[f + 1], a[f + 2], a[f + 3], b[h], b[h + 1], d0, d1, d2, d3)
+            u = ptx.load_shared_64(u32(sums_from + u32(i32((s * columns + column) * 32))))
+            x0, x1 = ptx.float_of_bits(u[0]), ptx.float_of_bits(u[1])
+            q = (j * groups_of_unit + s) * 4
+            acc[o] = ptx.fma(scale[q + 1], x0, ptx.fma(scale[q], d0, acc[o]))
+            acc[o + 1] = ptx.fma(scale[q + 1], x1, ptx.fma(scale[q], d1, acc[o + 1]))
+            acc[o + 2] = ptx.fma(scale[q + 3], x0, ptx.fma(scale[q + 2], d2, acc[o + 2]))
+            acc[o + 3] = ptx.fma(scale[q + 3], x1, ptx.fma(scale[q + 2], d3, acc[o + 3]))
 
     @cuda.jit(device=True, inline="always")
     def copy_weights(w_from, s_from, slot, warp, lane):  # type: ignore[no-untyped-def]
@@ -182,11 +173,10 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
         column, j = i32(index // tiles), i32(index % tiles)
         for e in range(4):
             m = u32(u32(t * u32(2)) + u32(column * 8 + e % 2))
-            if whole_columns or m < u32(rows):
-                to = u32(at + u32(u32(u32(m * u32(pitch)) + g) + u32(j * 16 + e // 2 * 8)) * u32(4))
-                ptx.store_shared_f32(to, acc[(j * columns + column) * 4 + e])
+            to = u32(at + u32(u32(u32(m * u32(pitch)) + g) + u32(j * 16 + e // 2 * 8)) * u32(4))
+            ptx.store_shared_f32(to, acc[(j * columns + column) * 4 + e])
 
-    unpack, multiply = ptx.unrolled(tiles * depth, unpack_chunk), ptx.unrolled(fragments, multiply_fragment)
+    unpack, multiply = ptx.unrolled(tiles * chunks_of_unit, unpack_chunk), ptx.unrolled(fragments, multiply_fragment)
     put_all = ptx.unrolled(fragments, put_fragment)
     write_results = result_writer(block_n, threads, out_dtype, warps_k, rows)
 
@@ -217,20 +207,15 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
         x_bytes = u64(u64(x_stride) * u64(2))
         x_begin = u64(ptx.address(x) + u64(u32(first_row + x_row)) * x_bytes + u64(u32(x_piece * u32(16))))
         x_to = u32(shared + u32(x_at) + u32(x_row * u32(x_pitch)) + u32(x_piece * u32(16)))
-        x_lane = g
-        if few:
-            x_lane = u32(min(g, u32(live - u32(1))))  # rows that are not there: the last one again
-        else:  # rows that are not there: zeros, once
-            for s in range(stages):
-                for p in range(passes):
-                    row = u32(x_row + u32(p * rows_of_pass))
-                    if row >= live and row < u32(rows):
-                        ptx.store_shared_128(u32(x_to + u32(s * stage + p * rows_of_pass * x_pitch)), u32(0), u32(0), u32(0), u32(0))
+        for s in range(stages):  # rows that are not there: zeros, once
+            for p in range(passes):
+                row = u32(x_row + u32(p * rows_of_pass))
+                if row >= live and row < u32(rows):
+                    ptx.store_shared_128(u32(x_to + u32(s * stage + p * rows_of_pass * x_pitch)), u32(0), u32(0), u32(0), u32(0))
 
         acc = cuda.local.array(results, f32)
         for i in range(results):
             acc[i] = zero
-        part = cuda.local.array(results, f32)
         scale = cuda.local.array(scales, f32)
         a = cuda.local.array(weight_registers, u32)
         b = cuda.local.array(x_registers, u32)
@@ -296,7 +281,7 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
                         of, column = u32(item // u32(columns)), u32(item % u32(columns))
                         unit_at = u32(u32(ks_sum * u32(warps_k)) + of)
                         if item < u32(sum_items) and u32(unit_at * u32(chunks_of_unit)) < chunks:
-                            from_ = u32(u32(u32(column * u32(8)) + x_lane) * u32(x_pitch))
+                            from_ = u32(u32(u32(column * u32(8)) + g) * u32(x_pitch))
                             from_ = u32(shared + slot + u32(x_at) + from_ + u32(of * u32(unit * 2)) + u32(t * u32(16)))
                             sum_x(from_, u32(to + u32(u32(u32(of * u32(spans * columns)) + column) * u32(32))), g == u32(0))
                 ks_sum = u32(ks_sum + u32(1))
@@ -305,14 +290,12 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
                 if ks < own_steps:
                     weights_from = u32(shared + here + u32(warp * u32(weights_of_warp)) + u32(lane * u32(16)))
                     pairs_from = u32(shared + here + u32(pairs_at) + u32(warp * u32(pairs_of_warp)) + u32(g * u32(8)))
-                    from_ = u32(shared + here + u32(x_at) + u32(x_lane * u32(x_pitch)) + u32(wk * u32(unit * 2)) + u32(t * u32(16)))
+                    from_ = u32(shared + here + u32(x_at) + u32(g * u32(x_pitch)) + u32(wk * u32(unit * 2)) + u32(t * u32(16)))
                     sums_from = u32(shared + u32(ring) + u32(wk * u32(spans * columns * 32)) + u32(t * u32(8)))
                     sums_from = u32(sums_from + u32(u32(u32(it) & u32(1)) * u32(sums)))
                     load_scales(scale, pairs_from)
-                    for c in range(chunks_of_unit // depth):
-                        begins, ends = c == 0 or whole_span, c == chunks_of_unit // depth - 1 or whole_span
-                        unpack(a, u32(weights_from + u32(c * 512)))
-                        multiply(acc, part, a, b, scale, u32(from_ + u32(c * 128)), sums_from, begins, ends)
+                    unpack(a, weights_from)
+                    multiply(acc, a, b, scale, from_, sums_from)
                 ks = u32(ks + u32(1))
             here = u32(here + u32(stage)) if here < u32(ring - stage) else u32(0)
             it = i32(it + i32(1))
@@ -326,8 +309,7 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
             shared, thread, bias, out, parts, m_rows, n, out_stride, first_row, live, u32(nb * u32(block_n)), splits, split
         )  # fmt: skip
 
-    # registers for so many threads at a time: 80 each where 768, 128 where 512, all 255 where 256
-    resident = 256 if rows > 16 or tiles > 2 else 768 if rows == 1 else 512
+    resident = 256 if rows > 16 or tiles > 2 else 512  # threads at a time, with 255 or 128 registers
     return Kernel(kernel, arguments(out_dtype), threads, shared_map.total, min_blocks=max(1, resident // threads), early=True)
 
 

@@ -1,4 +1,4 @@
-"""What the products of a 4-bit weight share (`w4_matmul.py`, `w4_hopper.py`): operands and their check, the launcher, the write-out.
+"""What the products of a 4-bit weight share (`w4_few.py`, `w4_matmul.py`, `w4_hopper.py`): operands, their check, launcher, write-out.
 
 A product is out = x @ dequantize(w).T + bias (engine.w4.dequantize, engine.reference.linear). Its kernels all take
 
@@ -135,7 +135,10 @@ class W4Product(ABC):
             self._ready[m] = self._prepare(m)
         launcher, grid = self._ready[m]
         self._check(x, weight, out, scratch, bias)
-        launcher(grid.grid, x, weight.packed, weight.pairs, bias, out, scratch, m, self.n, self.k, x.stride(0), out.stride(0))
+        strides = x.stride(0), out.stride(0)
+        launcher(
+            grid.grid, x, weight.packed, weight.pairs, bias, out, scratch, m, self.n, self.k, *strides, shared_bytes=grid.shared_bytes
+        )  # fmt: skip
         return out if grid.splits == 1 else scratch[: grid.part_floats].view(grid.splits, m, self.n)
 
     def _prepare(self, m: int) -> tuple[Any, W4Grid]:

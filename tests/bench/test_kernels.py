@@ -85,7 +85,7 @@ def test_compile_only_says_registers_stack_and_spills(capsys: pytest.CaptureFixt
 def test_every_kind_of_kernel_is_in_the_list() -> None:
     factories = {v.factory for v in compile_only.variants(90)}
     assert factories >= {
-        "rms_norm", "silu_mul", "embed", "take_rows", "apply_updates", "rope_store", "paged_decode", "decode_schedule", "prefill", "w4_matmul",
+        "rms_norm", "silu_mul", "embed", "take_rows", "apply_updates", "rope_store", "paged_decode", "decode_schedule", "prefill", "w4_few", "w4_matmul",
         "w4_hopper", "pack_awq", "pack_w4", "dequantize", "scan", "draw", "logprobs", "read", "summed_norm",
     }  # fmt: skip
     old = compile_only.variants(75)

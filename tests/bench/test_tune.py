@@ -19,7 +19,7 @@ from engine.cuda.tuning_attention import DecodeShape
 from tests.ptx.device import EmulatedDevice
 
 TINY = Shapes(
-    hidden=64, inner=128, heads=4, kv_heads=2, head_dim=32, block_seq_len=16, vocab=300, products=(("a", 128, 256),), rows=(1, 8),
+    hidden=64, inner=128, heads=4, kv_heads=2, head_dim=32, block_seq_len=16, vocab=300, products=(("a", 128, 256),), rows=(1, 16),
     decode=((2, 40),), prompts=((2, 20),), small=(), sampled=(), max_rows=4,
 )  # fmt: skip
 
@@ -33,12 +33,13 @@ def tuner(root: Path, tmp_path: Path) -> Tuner:
 def test_jobs_take_turns_and_begin_with_the_table(tuner: Tuner) -> None:
     jobs = tuner.jobs({"w4", "decode", "prompt"})
     cases = [job.case for job in jobs]
-    assert set(cases[:5]) == {"1 128 256", "8 128 256", "32 2 x 40", "32 2 x 20"}
-    assert all(job.promise == -1.0 for job in jobs[:5]) and len(jobs) > 40
-    assert {job.kind for job in jobs} == {"w4", "w4 hopper", "decode", "prompt"}
-    w4 = [job for job in jobs if job.kind == "w4 hopper"]
-    assert [job.promise for job in w4] == sorted(job.promise for job in w4)
-    assert len({job.launch for job in w4}) == len(w4)
+    assert set(cases[:6]) == {"1 128 256", "8 128 256", "16 128 256", "32 2 x 40", "32 2 x 20"}
+    assert all(job.promise == -1.0 for job in jobs[:6]) and len(jobs) > 40
+    assert {job.kind for job in jobs} == {"w4 few", "w4", "w4 hopper", "decode", "prompt"}
+    for kind in ("w4 few", "w4", "w4 hopper"):
+        one = [job for job in jobs if job.kind == kind and job.case != "8 128 256"]
+        assert [job.promise for job in one] == sorted(job.promise for job in one)
+        assert len({job.launch for job in one}) == len(one) > 1
 
 
 def test_quantized_pools_have_jobs_of_their_own(tuner: Tuner) -> None:
@@ -50,7 +51,7 @@ def test_quantized_pools_have_jobs_of_their_own(tuner: Tuner) -> None:
 
 
 def test_a_run_measures_checks_and_prints_rows(tuner: Tuner, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    jobs = [job for job in tuner.jobs({"w4", "decode"}) if job.promise == -1.0 and job.case != "8 128 256"]
+    jobs = [job for job in tuner.jobs({"w4", "decode"}) if job.promise == -1.0 and job.case in ("1 128 256", "32 2 x 40")]
     tuner.run(jobs, time.monotonic() + 250, 1)
     lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     measured = [row for row in lines if "us" in row]
@@ -59,7 +60,7 @@ def test_a_run_measures_checks_and_prints_rows(tuner: Tuner, tmp_path: Path, cap
     capsys.readouterr()
     assert tune.main(["--print", str(tmp_path / "rows.jsonl")]) == 0
     printed = capsys.readouterr().out
-    assert '("w4_matmul", (9, 0), "1 128 256"): W4Launch(1, ' in printed and "DECODE[(9, 0)][32] = DecodeShape(" in printed
+    assert '((9, 0), "1 128 256"): FewLaunch(1, ' in printed and "DECODE[(9, 0)][32] = DecodeShape(" in printed
     again = Tuner(tuner.device, root_of(tuner), tuner._quick, tuner._careful, TINY, "bfloat16", tmp_path / "rows.jsonl")
     before = len(lines)
     again.run(jobs, time.monotonic() + 250, 1)  # everything is there: only the finalists are measured again

@@ -13,7 +13,8 @@ from engine.cuda import tuning
 from engine.cuda.launch import Library, Variant, assemble, to_ptx
 from engine.cuda.parts import SumParts
 from engine.cuda.target import PTX_ARCHITECTURES
-from engine.cuda.tuning import W4Launch, candidates, packed_bytes, w4_grid, w4_launch
+from engine.cuda.tuning import FewLaunch, W4Launch, candidates, few_candidates, few_grid, few_launch, packed_bytes, w4_grid, w4_launch
+from engine.cuda.w4_few import W4Few
 from engine.cuda.w4_layout import W4Device
 from engine.cuda.w4_matmul import W4Matmul
 from engine.cuda.w4_portable import W4Portable
@@ -26,10 +27,11 @@ PORTABLE = (7, 5)
 NAN = float("nan")
 # relative error of float32 results: the emulator's mma rounds to nearest, a card's cuts off what its accumulator cannot hold (3.7e-7 seen)
 CLOSE = 1e-6 if os.environ.get("KERNEL_TESTS") == "card" else 3e-7
-# (rows, tiles, warps_n, warps_k, stages): small relatives of the table's rows
-SMALL = {
-    "one": W4Launch(1, 2, 1, 2, 3),
-    "eight": W4Launch(8, 2, 1, 2, 3),
+# small relatives of the tables' rows
+SMALL: dict[str, FewLaunch | W4Launch] = {
+    "one": FewLaunch(1, 2, 1, 2, 2, True, 3),
+    "eight": FewLaunch(8, 2, 1, 2, 3, False, 3),
+    "apart": FewLaunch(8, 1, 3, 1, 2),
     "sixteen": W4Launch(16, 1, 2, 2, 4),
     "direct": W4Launch(32, 2, 2, 1, 3),
     "added": W4Launch(32, 1, 1, 2, 3),
@@ -84,7 +86,7 @@ class Product:
     def __init__(self, library, weight, device_weight, m, launch, *, multiprocessors=4, out_dtype="float32", bias=True, seed=0):
         torch.manual_seed(seed)
         w = device_weight
-        self.op = W4Matmul(
+        self.op = (W4Few if isinstance(launch, FewLaunch) else W4Matmul)(
             library, w.n, w.k, w.group, w.form, w.dtype, cc=(9, 0), multiprocessors=multiprocessors, max_m=m, out_dtype=out_dtype, launch=launch
         )  # fmt: skip
         x = torch.randn(m, w.k).to(DTYPES[w.dtype])
@@ -178,8 +180,8 @@ def test_wrong_tensors_are_refused(library):
 
 @pytest.mark.parametrize(
     ("m", "launch"),
-    [(1, "one"), (1, "eight"), (2, "eight"), (3, "eight"), (7, "eight"), (8, "eight"), (9, "eight"), (15, "sixteen"), (16, "sixteen"), (17, "sixteen"),
-     (31, "direct"), (32, "direct"), (33, "direct"), (31, "added"), (33, "added")],
+    [(1, "one"), (1, "eight"), (2, "apart"), (3, "eight"), (7, "apart"), (8, "eight"), (9, "eight"), (1, "sixteen"), (8, "sixteen"), (15, "sixteen"),
+     (16, "sixteen"), (17, "sixteen"), (31, "direct"), (32, "direct"), (33, "direct"), (31, "added"), (33, "added")],
 )  # fmt: skip
 def test_every_number_of_rows(library, m, launch):
     weight = random_w4(70, 640, 128)
@@ -195,7 +197,7 @@ def test_many_rows(library, m):
 @pytest.mark.parametrize(("n", "k", "group", "launch", "form", "dtype"), [
     (40, 352, 32, "eight", "bias", "bfloat16"),  # K ends within a chunk, an odd number of groups
     (33, 32, 32, "sixteen", "zero", "float16"),  # K is one group and less than a chunk
-    (17, 192, 64, "one", "zero", "bfloat16"), (64, 64, 64, "direct", "bias", "float16"),
+    (17, 192, 64, "one", "zero", "bfloat16"), (33, 32, 32, "apart", "zero", "float16"), (40, 160, 32, "sixteen", "bias", "bfloat16"), (64, 64, 64, "direct", "bias", "float16"),
     (5, 128, 128, "eight", "bias", "float16"), (100, 384, 128, "added", "bias", "bfloat16"),
 ])  # fmt: skip
 def test_every_group_size_form_and_dtype(library, n, k, group, launch, form, dtype):
@@ -212,7 +214,7 @@ def test_split_input_channels_give_parts(library, launch, multiprocessors):
     weight = random_w4(150, 1024, 128)
     device_weight = packed(library, weight)
     product = Product(library, weight, device_weight, 5, SMALL[launch], multiprocessors=multiprocessors)
-    grid = w4_grid(SMALL[launch], 5, 150, 1024, 128, multiprocessors)
+    _, grid = product.op.launch(5)
     assert (grid.splits > 1) == (multiprocessors > 1)
     assert (product.op.scratch_floats > 0) == (grid.splits > 1)
     assert product.error < CLOSE
@@ -238,10 +240,12 @@ def test_parts_are_added_in_order(library, rows, width, parts, dtype):
 def test_no_bank_conflicts_and_whole_sectors(library, launch):
     """Each shared access takes the fewest cycles, and of each 32 bytes that a copy touches it needs all."""
     made, n, k = SMALL[launch], 64, 512
-    variant = Variant("engine.cuda.w4_matmul", "w4_matmul", (128, "zero", "bfloat16", "float32", *made.constants))
+    name = "w4_few" if isinstance(made, FewLaunch) else "w4_matmul"
+    variant = Variant(f"engine.cuda.{name}", name, (128, "zero", "bfloat16", "float32", *made.constants))
     weight = W4Device.zeros(n, k, 128, "zero", "bfloat16", "cpu")
     x, out = torch.randn(made.rows, k).to(torch.bfloat16), torch.full((made.rows, n), NAN)
-    grid, memory = w4_grid(made, made.rows, n, k, 128, 2), Memory()
+    cut = (made, made.rows, n, k, 128, 2)
+    grid, memory = few_grid(*cut, tuning.most_shared((9, 0))) if isinstance(made, FewLaunch) else w4_grid(*cut), Memory()
     operands = (x, weight.packed, weight.pairs, None, out, torch.full((max(1, grid.part_floats),), NAN))
     for operand in operands:
         if operand is not None:
@@ -250,7 +254,7 @@ def test_no_bank_conflicts_and_whole_sectors(library, launch):
     library.load([variant])
     stats = Emulator(library._path(variant).read_text()).launch(
         variant.name, grid=grid.grid, block=(made.threads, 1, 1), args=[*(0 if o is None else o.data_ptr() for o in operands), *sizes],
-        memory=memory, shared_bytes=made.shared_bytes(128),
+        memory=memory, shared_bytes=grid.shared_bytes,
     )  # fmt: skip
     conflicts = dict(stats["bank_conflicts"].values())
     assert any(text.startswith("ld.shared.v4") for text in conflicts)
@@ -283,7 +287,7 @@ def test_rows_of_a_wider_buffer(library):
 
         def __getitem__(self, variant):
             launch = library[variant]
-            return lambda grid, *a: launch(grid, *(x if t is x_view else out if t is out_view else t for t in a))
+            return lambda grid, *a, **more: launch(grid, *(x if t is x_view else out if t is out_view else t for t in a), **more)
 
     x_view, out_view = x[:, :64], out[:, :24]
     op._library = Whole()
@@ -307,7 +311,7 @@ def test_operands_that_do_not_fit_are_refused(library):
         op(x, weight, out, scratch, torch.zeros(23))
     with pytest.raises(ValueError, match="does not fit a product"):
         op(x, packed(library, random_w4(40, 64, 32)), out, scratch)
-    cut = W4Matmul(library, 24, 256, 32, "zero", "bfloat16", cc=(9, 0), multiprocessors=2, max_m=3, launch=W4Launch(8, 1, 1, 1, 3, 2))
+    cut = W4Matmul(library, 24, 256, 32, "zero", "bfloat16", cc=(9, 0), multiprocessors=2, max_m=3, launch=W4Launch(16, 1, 1, 1, 3, 2))
     with pytest.raises(ValueError, match=f"needs {cut.scratch_floats} floats"):
         cut(torch.zeros(3, 256, dtype=torch.bfloat16), packed(library, random_w4(24, 256, 32)), out, scratch)
 
@@ -318,15 +322,16 @@ LLAMA = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 
 
 def constants():
-    """Everything the table can name, once."""
+    """Everything the tables can name, once: kernel, constants."""
     launches = {*tuning.LARGE_SHARED.values(), *tuning.SMALL_SHARED.values(), *tuning.TUNED.values()}
-    return sorted({launch.constants for launch in launches})
+    few = {*tuning.FEW.values(), *tuning.FEW_DEFAULTS.values()}
+    return sorted({("w4_matmul", launch.constants) for launch in launches} | {("w4_few", launch.constants) for launch in few})
 
 
-@pytest.mark.parametrize("made", constants())
-def test_no_launch_of_the_table_needs_a_stack(made):
+@pytest.mark.parametrize(("name", "made"), constants())
+def test_no_launch_of_the_tables_needs_a_stack(name, made):
     """0 bytes of stack, 0 spills, registers for its threads, assembled for every architecture."""
-    variant = Variant("engine.cuda.w4_matmul", "w4_matmul", (128, "zero", "bfloat16", "bfloat16", *made))
+    variant = Variant(f"engine.cuda.{name}", name, (128, "zero", "bfloat16", "bfloat16", *made))
     kernel, ptx = variant.make(), to_ptx(variant, PTX_ARCHITECTURES[0])
     for cc in PTX_ARCHITECTURES:
         _, resources = assemble(ptx, cc)
@@ -351,29 +356,49 @@ def test_launches_fit_the_card(cc):
             assert launch.rows >= min(m, 64)
             for group in (32, 64, 128):
                 assert launch.shared_bytes(group) <= tuning.most_shared(cc)
+                if m <= 8 and k % group == 0:
+                    grid = few_grid(few_launch(cc, m, n, k), m, n, k, group, 100, tuning.most_shared(cc))
+                    assert grid.row_blocks == 1 and grid.shared_bytes <= tuning.most_shared(cc)
 
 
 @pytest.mark.parametrize(("n", "k"), LLAMA)
-@pytest.mark.parametrize("m", [1, 8, 16, 32, 64])
+@pytest.mark.parametrize("m", [1, 2, 8, 16, 32, 64])
 def test_every_multiprocessor_has_work(m, n, k):
     grid = w4_grid(w4_launch((9, 0), m, n, k), m, n, k, 128, 132)
+    if m <= 8:
+        grid = few_grid(few_launch((9, 0), m, n, k), m, n, k, 128, 132, tuning.most_shared((9, 0)))
     assert grid.column_blocks * grid.splits * grid.row_blocks >= 112
     assert grid.part_floats * 4 <= 64 << 20
 
 
 def test_a_measured_row_goes_before_the_defaults(monkeypatch):
-    exact, kind = W4Launch(8, 1, 1, 4, 3), W4Launch(8, 3, 1, 4, 3)
+    exact, kind = W4Launch(16, 1, 1, 4, 3), W4Launch(16, 3, 1, 4, 3)
     monkeypatch.setattr(tuning, "TUNED", {})
-    monkeypatch.setitem(tuning.TUNED, ("w4_matmul", (9, 0), "8 4096 4096"), exact)
-    monkeypatch.setitem(tuning.TUNED, ("w4_matmul", (9, 0), "8 rows, narrow"), kind)
-    assert w4_launch((9, 0), 5, 4096, 4096) == exact
-    assert w4_launch((9, 0), 5, 4096, 1024) == kind
-    assert w4_launch((9, 0), 5, 28672, 4096) == tuning.LARGE_SHARED["8 rows, wide"]
-    assert w4_launch((8, 0), 5, 4096, 4096) == tuning.LARGE_SHARED["8 rows, narrow"]
-    assert w4_launch((8, 9), 5, 4096, 4096) == tuning.SMALL_SHARED["8 rows, narrow"]
+    monkeypatch.setitem(tuning.TUNED, ("w4_matmul", (9, 0), "16 4096 4096"), exact)
+    monkeypatch.setitem(tuning.TUNED, ("w4_matmul", (9, 0), "16 rows, narrow"), kind)
+    assert w4_launch((9, 0), 11, 4096, 4096) == exact
+    assert w4_launch((9, 0), 11, 4096, 1024) == kind
+    assert w4_launch((9, 0), 11, 28672, 4096) == tuning.LARGE_SHARED["16 rows, wide"]
+    assert w4_launch((8, 0), 11, 4096, 4096) == tuning.LARGE_SHARED["16 rows, narrow"]
+    assert w4_launch((8, 9), 11, 4096, 4096) == tuning.SMALL_SHARED["16 rows, narrow"]
 
 
-@pytest.mark.parametrize("m", [1, 8, 16, 32, 64])
+@pytest.mark.parametrize("m", [1, 8])
+def test_candidates_of_few_rows_are_launches_that_fit(m):
+    for cc in ((9, 0), (8, 6)):
+        found = list(few_candidates(cc, m, 4096, 4096, 128))
+        assert len(found) == len(set(found)) > 100 and all(launch.rows == m and launch.threads <= 1024 for launch in found)
+
+
+def test_a_measured_row_of_few_rows_goes_before_the_defaults(monkeypatch):
+    exact = FewLaunch(8, 1, 3, 1, 2)
+    monkeypatch.setattr(tuning, "FEW", {((9, 0), "8 4096 4096"): exact})
+    assert few_launch((9, 0), 2, 4096, 4096) == exact
+    assert few_launch((9, 0), 1, 4096, 4096) == tuning.FEW_DEFAULTS["1 rows, narrow"]
+    assert few_launch((8, 0), 8, 28672, 4096) == tuning.FEW_DEFAULTS["8 rows, wide"]
+
+
+@pytest.mark.parametrize("m", [16, 32, 64])
 def test_candidates_are_launches_that_fit(m):
     found = list(candidates((9, 0), m, 4096, 4096, 128))
     assert len(found) == len(set(found)) > 10

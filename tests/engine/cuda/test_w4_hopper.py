@@ -17,6 +17,7 @@ from engine.cuda.tuning import (
     most_shared,
 )
 from engine.cuda.w4_by_rows import W4ByRows
+from engine.cuda.w4_few import W4Few
 from engine.cuda.w4_hopper import W4Hopper
 from engine.cuda.w4_layout import W4Device
 from tests.engine.cuda.test_w4 import DTYPES, NAN, error, packed, random_w4, tensor
@@ -165,12 +166,13 @@ def of_the_card(library, form="zero", cc=CC, max_m=200, **more):
 
 def test_the_kernel_of_so_many_rows(library):
     chosen = of_the_card(library)
+    assert all(isinstance(chosen.family(m), W4Few) for m in (1, 2, 8))
     for m in (9, 16, 17, 128, 200):
         assert isinstance(chosen.family(m), W4Hopper)
         assert chosen.family(m).launch(m)[0] in chosen.variants
     for other in (of_the_card(library, "bias"), of_the_card(library, cc=(8, 0)), of_the_card(library, cc=(12, 0))):
-        assert {variant.factory for variant in other.variants} == {"w4_matmul"}
-    assert {hopper_launch(m, 96, 256).rows for m in range(1, 129)} == {8, 16, 24, 32, 48, 64}
+        assert {variant.factory for variant in other.variants} == {"w4_few", "w4_matmul"}
+    assert {hopper_launch(m, 96, 256).rows for m in range(9, 129)} == {16, 24, 32, 48, 64}
     with pytest.raises(ValueError, match="1 to 200 rows, 201 were given"):
         of_the_card(library).family(201)
     with pytest.raises(ValueError, match=r"9\.0 alone, not 8\.0"):
@@ -197,7 +199,7 @@ def test_every_launch_of_the_table_fits():
             assert launch.shared_bytes(group) <= most_shared(CC)
             Variant("engine.cuda.w4_hopper", "w4_hopper", (group, "float16", "float32", *launch.constants)).make()
     assert hopper_launch(30, 6144, 4096) == HOPPER["32 6144 4096"] and hopper_launch(500, 8192, 64) == HOPPER["256 rows, wide"]
-    found = list(hopper_candidates(60, 4096, 128))
+    found = list(hopper_candidates(60, 4096, 4096, 128))
     assert {launch.rows for launch in found} == {64} and HOPPER["64 rows, narrow"] in found
 
 

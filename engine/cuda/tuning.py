@@ -24,6 +24,8 @@ MOST_SHARED = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8,
 LEAST_SHARED = 99  # KiB, of a card not named above, cc 8.0 or newer
 MIN_STEPS = 2  # a split leaves every thread block at least so many steps
 MOST_SPLITS = 16
+EVEN = -1  # waves of `FewLaunch`: parts of K such that multiprocessors end together
+MOST_EVEN = 8  # parts that EVEN makes
 
 # -- sizes of packed weights ------------------------------------------------------------------------------------------------------
 
@@ -151,7 +153,7 @@ class FewLaunch:
 
     rows: 1 or 8, activations a thread block serves; tiles: 16-row weight tiles of a warp; warps_n x warps_k: warps over output and
     over input channels; ahead: units of weights on their way; at_once: the next kernel may begin while this one works, not when it is
-    through; waves: as of `W4Launch`.
+    through; waves: as of `W4Launch`, or EVEN.
     """
 
     rows: int
@@ -160,7 +162,7 @@ class FewLaunch:
     warps_k: int
     ahead: int
     at_once: bool = False
-    waves: int = 0
+    waves: int = EVEN
 
     @property
     def constants(self) -> tuple[int, ...]:
@@ -202,8 +204,14 @@ def few_grid(launch: FewLaunch, m: int, n: int, k: int, group: int, multiprocess
     """How a product of m rows is cut; x of a part, with the rings, must fit in `shared_bytes`."""
     row_blocks, column_blocks = -(-m // launch.rows), -(-n // launch.block_n)
     steps = launch.steps(k, group)
-    room = launch.waves * multiprocessors // (row_blocks * column_blocks)
-    splits = max(1, min(room, steps // MIN_STEPS, MOST_SPLITS))
+    blocks = row_blocks * column_blocks
+    if launch.waves == EVEN:  # steps of the busiest multiprocessor; a part more has its price in the kernel that adds them up
+        splits = min(
+            range(1, max(1, min(steps // MIN_STEPS, MOST_EVEN)) + 1),
+            key=lambda parts: -(-blocks * parts // multiprocessors) * -(-steps // parts) * (1 + parts / 50),
+        )
+    else:
+        splits = max(1, min(launch.waves * multiprocessors // blocks, steps // MIN_STEPS, MOST_SPLITS))
     while splits < steps and launch.shared_bytes(k, group, splits) > shared_bytes:
         splits += 1
     return W4Grid(column_blocks, splits, row_blocks, splits * m * n if splits > 1 else 0, launch.shared_bytes(k, group, splits))
@@ -363,10 +371,10 @@ HOPPER: dict[str, HopperLaunch] = {
 
 # Of `w4_few`, as above. 2026-11-20, H200.
 FEW: dict[tuple[tuple[int, int], str], FewLaunch] = {
-    ((9, 0), "1 rows, narrow"): FewLaunch(1, 1, 2, 8, 3, True, 2),
-    ((9, 0), "1 rows, wide"): FewLaunch(1, 1, 7, 2, 4, True, 2),
-    ((9, 0), "8 rows, narrow"): FewLaunch(8, 1, 4, 4, 6, True, 1),
-    ((9, 0), "8 rows, wide"): FewLaunch(8, 1, 14, 1, 4, True, 1),
+    ((9, 0), "1 rows, narrow"): FewLaunch(1, 1, 4, 4, 3, True),
+    ((9, 0), "1 rows, wide"): FewLaunch(1, 1, 7, 2, 4, True),
+    ((9, 0), "8 rows, narrow"): FewLaunch(8, 1, 4, 4, 6, True),
+    ((9, 0), "8 rows, wide"): FewLaunch(8, 1, 7, 2, 4, True),
     ((9, 0), "1 6144 4096"): FewLaunch(1, 1, 6, 2, 4, True, 2),  # 6.59 us
     ((9, 0), "1 4096 4096"): FewLaunch(1, 1, 2, 8, 3, True, 2),  # 4.91 us
     ((9, 0), "1 28672 4096"): FewLaunch(1, 1, 7, 2, 4, True, 0),  # 16.08 us
@@ -378,10 +386,10 @@ FEW: dict[tuple[tuple[int, int], str], FewLaunch] = {
 }
 # Estimates, not measured: rings of about 40 KB a thread block, two of them on a multiprocessor.
 FEW_DEFAULTS: dict[str, FewLaunch] = {
-    "1 rows, narrow": FewLaunch(1, 1, 4, 2, 4, False, 2),
-    "1 rows, wide": FewLaunch(1, 1, 8, 1, 4, False, 2),
-    "8 rows, narrow": FewLaunch(8, 2, 4, 1, 4, False, 2),
-    "8 rows, wide": FewLaunch(8, 2, 4, 1, 4, False, 2),
+    "1 rows, narrow": FewLaunch(1, 1, 4, 2, 4),
+    "1 rows, wide": FewLaunch(1, 1, 8, 1, 4),
+    "8 rows, narrow": FewLaunch(8, 2, 4, 1, 4),
+    "8 rows, wide": FewLaunch(8, 2, 4, 1, 4),
 }
 
 # Estimates, not measured: a pipeline of about 50 to 100 KB a multiprocessor (bandwidth x latency is 25), two thread blocks
@@ -507,7 +515,7 @@ def _few_space(rows: int) -> tuple[FewLaunch, ...]:
     return tuple(
         FewLaunch(rows, tiles, n, k, ahead, at_once, waves)
         for tiles in (1, 2) for n, k in splits for ahead in (2, 3, 4, 6, 8) if tiles * ahead <= 8
-        for at_once in (False, True) for waves in (0, 1, 2, 3, 4)
+        for at_once in (False, True) for waves in (EVEN, 0, 1, 2, 4)
     )  # fmt: skip
 
 

@@ -29,9 +29,9 @@ NAN = float("nan")
 CLOSE = 1e-6 if os.environ.get("KERNEL_TESTS") == "card" else 3e-7
 # small relatives of the tables' rows
 SMALL: dict[str, FewLaunch | W4Launch] = {
-    "one": FewLaunch(1, 2, 1, 2, 2, True, 3),
+    "one": FewLaunch(1, 2, 1, 2, 2, True),
     "eight": FewLaunch(8, 2, 1, 2, 3, False, 3),
-    "apart": FewLaunch(8, 1, 3, 1, 2),
+    "apart": FewLaunch(8, 1, 3, 1, 2, False, 0),
     "sixteen": W4Launch(16, 1, 2, 2, 4),
     "direct": W4Launch(32, 2, 2, 1, 3),
     "added": W4Launch(32, 1, 1, 2, 3),
@@ -329,7 +329,7 @@ def constants():
 
 
 @pytest.mark.parametrize(("name", "made"), constants())
-def test_no_launch_of_the_tables_needs_a_stack(name, made):
+def test_no_launch_of_the_table_needs_a_stack(name, made):
     """0 bytes of stack, 0 spills, registers for its threads, assembled for every architecture."""
     variant = Variant(f"engine.cuda.{name}", name, (128, "zero", "bfloat16", "bfloat16", *made))
     kernel, ptx = variant.make(), to_ptx(variant, PTX_ARCHITECTURES[0])

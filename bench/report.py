@@ -23,6 +23,7 @@ HEAD = 128256 * 4096
 W4_BYTES = 0.5 + 2.5 / 128  # a weight with its share of scale and zero point
 KV_BYTES = 32 * 2 * 8 * 128 * 2  # of a position
 MEAN_CONTEXT = 192  # while 128 tokens follow a prompt of 128
+NO_COPY = "engine.w4_dense_copy=false"
 PEER_COLOURS = {"vLLM AWQ": 1, "vLLM bf16": 2, "TurboMind AWQ": 3}
 
 LIGHT = """--page: #f6f5f2; --card: #fffefb; --ink: #1f1d1a; --ink-2: #55514a; --ink-3: #a8a296; --line: #e6e2d8; --s0: #c2410c;
@@ -95,9 +96,11 @@ def last(records: Sequence[Record], key: str) -> Any:
     return next((record[key] for record in reversed(records) if record.get(key) is not None), None)
 
 
-def of_8b(records: Sequence[Record]) -> list[Record]:
-    """Of a card, with a model of the shape that the peers ran."""
-    return [r for r in records if on_gpu(r) and "8b" in str(r.get("model", "")).lower()]
+def of_8b(records: Sequence[Record], form: str = "awq", setting: str = "") -> list[Record]:
+    """Of a card, with a model of the shape that the peers ran: its weights in this form (a part of the model's name), with the
+    one setting changed, or as it is served."""
+    named = [r for r in records if on_gpu(r) and all(part in str(r.get("model", "")).lower() for part in ("8b", form))]
+    return [r for r in named if (setting in r.get("set", ()) if setting else NO_COPY not in r.get("set", ()))]
 
 
 # -- pieces of HTML -----------------------------------------------------------------------------------------------------
@@ -159,6 +162,31 @@ def decode(records: Sequence[Record]) -> str:
     words += "The dotted line is what the card's measured bandwidth and arithmetic allow."
     head = ["sequences", "tok/s", "bar", "", "best peer", "of the hardware's bound"]
     return section("Decoding", words + missing(ours), lines(series, "sequences", "tokens a second"), table(head, rows) if rows else "")
+
+
+def crossover(records: Sequence[Record]) -> str:
+    """Decoding with weights in 4 bits beside the same shape in 16, and from where unpacking them costs."""
+    found = {
+        "4 bits": of_8b(records),
+        "4 bits, no 16-bit copy": of_8b(records, setting=NO_COPY),
+        "16 bits": of_8b(records, form="dense"),
+    }
+    rates = {name: {int(n): rate for n, rate in latest(of, "decode_tok_s").items()} for name, of in found.items()}
+    if not rates["16 bits"]:
+        return ""
+    series = [
+        Series(name, sorted(rates[name].items()), colour, "ours" if colour == 0 else "peer")
+        for colour, name in enumerate(found)
+        if rates[name]
+    ]
+    rows = []
+    for n, dense in sorted(rates["16 bits"].items()):
+        cells = [rates[name].get(n) for name in ("4 bits", "4 bits, no 16-bit copy")]
+        rows.append([str(n), number(dense)] + [f"{number(c)} ({c / dense:.2f} x)" if c else "" for c in cells])
+    words = "The same shape with its matrices in 4 bits and in 16, decoding. Up to the crossing 4 bits are read for less than 16 are; "
+    words += "beyond it a product is bound by arithmetic, and the 16-bit copy that is kept where memory allows takes over."
+    head = ["sequences", "16 bits, tok/s", "4 bits", "4 bits, no 16-bit copy"]
+    return section("What 4 bits are worth", words, lines(series, "sequences", "tokens a second"), table(head, rows))
 
 
 def missing(ours: Any) -> str:
@@ -348,7 +376,7 @@ def machine_words(record: Record) -> str:
 
 # -- the page -----------------------------------------------------------------------------------------------------------
 
-CARD: tuple[Callable[[Sequence[Record]], str], ...] = (decode, w4, attention, prefill, mixed, latency, busy, start, efficiency)
+CARD: tuple[Callable[[Sequence[Record]], str], ...] = (decode, crossover, w4, attention, prefill, mixed, latency, busy, start, efficiency)
 HOST: tuple[Callable[[Sequence[Record]], str], ...] = (llamacpp, delivery, scheduler)
 
 

@@ -141,3 +141,14 @@ def test_the_peers_figures_add_up() -> None:
     for m, us in peers.MARLIN.items():
         assert sum(us.values()) == pytest.approx(peers.W4_LAYER["Marlin"][m], rel=0.005)
     assert set(peers.DECODE_BARS) == set(peers.DECODE["vLLM AWQ"])
+
+
+def test_the_crossing_of_4_and_16_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(model: str, rates: dict, *setting: str) -> dict:
+        return {"bench": "offline", "model": model, "machine": MACHINE, "decode_tok_s": rates, "set": list(setting)}
+
+    four, bare = run("llama-3.1-8b-awq", {"1": 500.0, "256": 3000.0}), run("llama-3.1-8b-awq", {"1": 500.0, "256": 2000.0}, report.NO_COPY)
+    text = page(write(tmp_path / "r", four, bare, run("llama-3.1-8b-dense", {"1": 200.0, "256": 2500.0})), capsys)
+    assert "What 4 bits are worth" in text and "500 (2.50 x)" in text and "3,000 (1.20 x)" in text and "2,000 (0.80 x)" in text
+    assert "What 4 bits are worth" not in page(write(tmp_path / "q", four), capsys)
+    assert report.latest(report.of_8b([four, bare]), "decode_tok_s")["256"] == 3000.0  # what is served is not mixed with what was tried

@@ -174,11 +174,8 @@ def crossover(records: Sequence[Record]) -> str:
     rates = {name: {int(n): rate for n, rate in latest(of, "decode_tok_s").items()} for name, of in found.items()}
     if not rates["16 bits"]:
         return ""
-    series = [
-        Series(name, sorted(rates[name].items()), colour, "ours" if colour == 0 else "peer")
-        for colour, name in enumerate(found)
-        if rates[name]
-    ]
+    drawn = [(i, name) for i, name in enumerate(found) if rates[name]]
+    series = [Series(name, sorted(rates[name].items()), i, "peer" if i else "ours") for i, name in drawn]
     rows = []
     for n, dense in sorted(rates["16 bits"].items()):
         cells = [rates[name].get(n) for name in ("4 bits", "4 bits, no 16-bit copy")]

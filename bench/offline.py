@@ -114,7 +114,7 @@ async def measure(config: Config, work: Work) -> dict[str, Any]:
         for count, length in work.prefills:
             await prefill_rate(engine, rng, count, length)
         for n in work.batches:
-            await decode_rate(engine, rng, n, min(8, work.num_tokens))
+            await asyncio.gather(*(stream(engine, random_ids(rng, DECODE_PROMPT_TOKENS, engine.spec.vocab_size), 8) for _ in range(n)))
         runs = await _runs(engine, rng, work)
     finally:
         await engine.stop()

@@ -20,6 +20,7 @@ FEW_BUCKETS = (1, 8)  # rows of activations that one thread block of w4_few serv
 ROW_BUCKETS = (16, 32, 64)  # .. of w4_matmul
 HOPPER_BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows of activations of the rows of the table for w4_hopper
 WIDE = 8192  # output channels from which a shape is of the class "wide"
+FEW_WIDE = 16384  # .. of w4_few
 MOST_SHARED = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227}  # KiB a thread block may have
 LEAST_SHARED = 99  # KiB, of a card not named above, cc 8.0 or newer
 MIN_STEPS = 2  # a split leaves every thread block at least so many steps
@@ -306,9 +307,9 @@ def row_bucket(m: int, buckets: tuple[int, ...] = ROW_BUCKETS) -> int:
     return next((rows for rows in buckets if m <= rows), buckets[-1])
 
 
-def shape_class(bucket: int, n: int) -> str:
+def shape_class(bucket: int, n: int, wide: int = WIDE) -> str:
     """The class whose row a shape without a row of its own takes."""
-    return f"{bucket} rows, {'wide' if n >= WIDE else 'narrow'}"
+    return f"{bucket} rows, {'wide' if n >= wide else 'narrow'}"
 
 
 # Key: (kernel, compute capability, "rows n k" of one shape or a shape class). Newest first; a date and the card at each row.
@@ -371,7 +372,7 @@ HOPPER: dict[str, HopperLaunch] = {
 
 # Of `w4_few`, as above. 2026-11-20, H200.
 FEW: dict[tuple[tuple[int, int], str], FewLaunch] = {
-    ((9, 0), "1 rows, narrow"): FewLaunch(1, 1, 4, 4, 3, True),
+    ((9, 0), "1 rows, narrow"): FewLaunch(1, 1, 2, 8, 2, True),
     ((9, 0), "1 rows, wide"): FewLaunch(1, 1, 7, 2, 4, True),
     ((9, 0), "8 rows, narrow"): FewLaunch(8, 1, 4, 4, 6, True),
     ((9, 0), "8 rows, wide"): FewLaunch(8, 1, 7, 2, 4, True),
@@ -383,6 +384,15 @@ FEW: dict[tuple[tuple[int, int], str], FewLaunch] = {
     ((9, 0), "8 4096 4096"): FewLaunch(8, 1, 2, 8, 6, True, 0),  # 6.30 us
     ((9, 0), "8 28672 4096"): FewLaunch(8, 1, 14, 2, 3, True, 0),  # 18.55 us
     ((9, 0), "8 4096 14336"): FewLaunch(8, 1, 8, 2, 4, True, 1),  # 11.76 us
+    # Llama-3.1-70B on one card, then the share of one of two
+    ((9, 0), "1 10240 8192"): FewLaunch(1, 1, 4, 2, 3, False, 6),  # 14.38 us
+    ((9, 0), "1 8192 8192"): FewLaunch(1, 1, 2, 8, 2, True, 0),  # 11.26 us
+    ((9, 0), "1 57344 8192"): FewLaunch(1, 1, 7, 2, 4, True, 0),  # 61.28 us
+    ((9, 0), "1 8192 28672"): FewLaunch(1, 1, 16, 2, 3, True, 1),  # 32.67 us
+    ((9, 0), "1 5120 8192"): FewLaunch(1, 1, 2, 4, 2, True, 6),  # 8.65 us
+    ((9, 0), "1 8192 4096"): FewLaunch(1, 1, 1, 8, 2, True, 0),  # 7.50 us
+    ((9, 0), "1 28672 8192"): FewLaunch(1, 1, 7, 2, 4, True, 0),  # 31.97 us
+    ((9, 0), "1 8192 14336"): FewLaunch(1, 1, 4, 2, 8, True, 2),  # 17.68 us
 }
 # Estimates, not measured: rings of about 40 KB a thread block, two of them on a multiprocessor.
 FEW_DEFAULTS: dict[str, FewLaunch] = {
@@ -434,7 +444,7 @@ def w4_launch(cc: tuple[int, int], m: int, n: int, k: int) -> W4Launch:
 def few_launch(cc: tuple[int, int], m: int, n: int, k: int) -> FewLaunch:
     """The same for `w4_few`."""
     bucket = row_bucket(m, FEW_BUCKETS)
-    kind = shape_class(bucket, n)
+    kind = shape_class(bucket, n, FEW_WIDE)
     return FEW.get((cc, f"{bucket} {n} {k}")) or FEW.get((cc, kind)) or FEW_DEFAULTS[kind]
 
 

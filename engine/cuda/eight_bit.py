@@ -28,20 +28,20 @@ import numpy as np
 import torch
 
 from engine.cuda import ptx
+from engine.cuda.elementwise import VECTOR
 from engine.cuda.launch import Kernel, Library, Variant
+from engine.cuda.parts import PACK
 from engine.cuda.quantize_rows import rows_variant, silu_variant
 from engine.cuda.target import cuda, pointer, types
 from engine.eight_bit import BLOCK, Float8, Int8
 from engine.plan_cuda import EIGHT_BIT_PIECE, FEW_FP8_ROWS, eight_bit_kind, is_large, padded_inputs
 
-VECTOR = 8  # 16-bit numbers of a 128-bit access
 LEAST_INT8_ROWS = 32  # cuBLAS wants more than 16
 BLOCK_ROWS = 4  # cuBLAS wants multiples
 MAX_INPUTS = 32768
 
 i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
 WORDS, FLOATS, INTS = pointer(u32), pointer(f32), pointer(i32)
-PACK = {"bfloat16": ptx.pack_bf16, "float16": ptx.pack_f16_portable}
 TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8 blocks": torch.float8_e4m3fn}
 
 

@@ -24,7 +24,7 @@ from engine.awq import AWQ
 from engine.backend import Dense, Weight
 from engine.cuda.eight_bit import EightBit, EightBitProducts, Gated
 from engine.cuda.launch import Library, Variant
-from engine.cuda.parts import SumParts
+from engine.cuda.parts import DTYPES, SumParts
 from engine.cuda.take_columns import TakeColumns
 from engine.cuda.tuning import dense_from
 from engine.cuda.w4_by_rows import W4ByRows
@@ -37,7 +37,6 @@ from engine.plan_cuda import makes_dense_copy
 from engine.w4 import W4, same_columns
 
 TENSOR_CORES = (8, 0)  # the oldest card of which the kernels use them; older ones take the portable kernels, in float16
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(slots=True, eq=False)

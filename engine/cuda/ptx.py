@@ -146,12 +146,8 @@ to_shared = _asm("{ .reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t; }"
 load_32 = _asm("ld.global.u32 $0, [$1];", [u32], [u64], memory=True)
 load_64 = _asm("ld.global.v2.u32 {$0,$1}, [$2];", [u32] * 2, [u64], memory=True)
 load_128 = _asm("ld.global.v4.u32 {$0,$1,$2,$3}, [$4];", [u32] * 4, [u64], memory=True)
-load_constant_16 = _asm("ld.global.nc.u16 $0, [$1];", [u16], [u64], pure=True)
-load_constant_32 = _asm("ld.global.nc.u32 $0, [$1];", [u32], [u64], pure=True)
 load_constant_64 = _asm("ld.global.nc.v2.u32 {$0,$1}, [$2];", [u32] * 2, [u64], pure=True)
 load_constant_128 = _asm("ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", [u32] * 4, [u64], pure=True)
-load_stream_32 = _asm("ld.global.nc.L1::no_allocate.u32 $0, [$1];", [u32], [u64], pure=True)
-load_stream_64 = _asm("ld.global.nc.L1::no_allocate.v2.u32 {$0,$1}, [$2];", [u32] * 2, [u64], pure=True)
 load_stream_128 = _asm("ld.global.nc.L1::no_allocate.v4.u32 {$0,$1,$2,$3}, [$4];", [u32] * 4, [u64], pure=True)
 store_32 = _asm("st.global.u32 [$0], $1;", [], [u64, u32], memory=True)
 store_8 = _asm("st.global.u8 [$0], $1;", [], [u64, u32], memory=True)  # the low byte
@@ -184,10 +180,7 @@ COPY_WAIT = tuple(_asm(f"cp.async.wait_group {n};", [], [], memory=True) for n i
 # Fragments of m16n8k16, lane = 4 g + t. A, four registers: rows g, g + 8, g, g + 8 at k = 2t, 2t, 2t + 8, 2t + 8 (and + 1).
 # B, two: column g at k = 2t, 2t + 8. C and D, four floats: row g at columns 2t, 2t + 1, then row g + 8.
 
-load_matrix = _asm("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {$0}, [$1];", [u32], [u32], memory=True)
-load_matrix_2 = _asm("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {$0,$1}, [$2];", [u32] * 2, [u32], memory=True)
 load_matrix_4 = _asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];", [u32] * 4, [u32], memory=True)
-load_matrix_2_transposed = _asm("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {$0,$1}, [$2];", [u32] * 2, [u32], memory=True)
 load_matrix_4_transposed = _asm("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];", [u32] * 4, [u32], memory=True)
 
 _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9}}, {{$10,$11,$12,$13}};"
@@ -220,13 +213,7 @@ half_f16 = _asm("cvt.rn.f16.f32 $0, $1;", [u16], [f32], pure=True)
 half_bf16 = _asm("cvt.rn.bf16.f32 $0, $1;", [u16], [f32], pure=True)
 float_f16 = _asm("cvt.f32.f16 $0, $1;", [f32], [u16], pure=True)
 float_bf16 = _asm("{ .reg .b16 z; mov.u16 z, 0; mov.b32 $0, {z, $1}; }", [f32], [u16], pure=True)
-add_bf16x2 = _asm("fma.rn.bf16x2 $0, $1, 0x3f803f80, $2;", [u32], [u32, u32], pure=True)  # a * 1 + b: sm_80 has no add
-sub_bf16x2 = _asm("fma.rn.bf16x2 $0, $2, 0xbf80bf80, $1;", [u32], [u32, u32], pure=True)  # b * -1 + a
-mul_f16x2 = _asm("mul.rn.f16x2 $0, $1, $2;", [u32], [u32, u32], pure=True)
-sub_f16x2 = _asm("sub.rn.f16x2 $0, $1, $2;", [u32], [u32, u32], pure=True)
-fma_bf16x2 = _asm("fma.rn.bf16x2 $0, $1, $2, $3;", [u32], [u32, u32, u32], pure=True)
 pack_e4m3 = _asm("cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;", [u16], [f32, f32], pure=True)  # (low, high); compute capability 8.9
-fma_f16x2 = _asm("fma.rn.f16x2 $0, $1, $2, $3;", [u32], [u32, u32, u32], pure=True)
 
 PACK = {"bfloat16": pack_bf16, "float16": pack_f16}
 LOW = {"bfloat16": low_bf16, "float16": low_f16}

@@ -17,32 +17,26 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.cuda import ptx
+from engine.cuda.elementwise import LOG2E, VECTOR, norm_threads
 from engine.cuda.launch import Kernel, Variant
 from engine.cuda.target import cuda, pointer, types
 from engine.eight_bit import E4M3_LARGEST, INT8_LARGEST
 
-VECTOR = 8  # 16-bit numbers of a 128-bit access
 ROUNDING = 12582912.0  # 1.5 * 2^23: added to a float below 2^22, its low byte is the float as an integer
 MAGNITUDE = 0x7FFFFFFF
-LOG2E = 1.4426950408889634
 
 i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
 WORDS, FLOATS = pointer(u32), pointer(f32)
 
 
-def row_threads(width: int) -> int:
-    """Threads of a row: a vector each up to 512 of them, whole warps."""
-    return min(512, -(-(width // VECTOR) // 32) * 32)
-
-
 def rows_variant(inputs: int, width: int, kind: str, dtype: str) -> Variant:
     """Of `quantize_rows`."""
-    return Variant(__name__, "quantize_rows", (inputs, width, kind, dtype, row_threads(width)))
+    return Variant(__name__, "quantize_rows", (inputs, width, kind, dtype, norm_threads(width)))
 
 
 def silu_variant(intermediate: int, kind: str, dtype: str) -> Variant:
     """Of `silu_quantize`."""
-    return Variant(__name__, "silu_quantize", (intermediate, kind, dtype, row_threads(intermediate)))
+    return Variant(__name__, "silu_quantize", (intermediate, kind, dtype, norm_threads(intermediate)))
 
 
 def _writer(kind: str) -> tuple[Callable[..., Any], Callable[..., None], float]:

@@ -523,3 +523,7 @@ def client(api_server_url: str = "http://127.0.0.1:23333", api_key: str | None =
     from api.remote import APIClient
 
     return APIClient(api_server_url, api_key)
+
+
+if __name__ == "__main__":
+    raise SystemExit("This module is the Python API; the command is `numbatch`, or `python -m cli.main` where it is not installed.")

@@ -51,7 +51,7 @@ def first_logits(config: Config, prompts: Sequence[Sequence[int]]) -> np.ndarray
     sample = runner._sampler.sample
 
     def keep(logits: Any, *rest: Any) -> Any:
-        kept.append(np.array(logits.float().cpu() if hasattr(logits, "cpu") else logits, np.float32)[:1])
+        kept.append(np.array(logits.float().cpu().numpy() if hasattr(logits, "cpu") else logits, np.float32)[:1])
         return sample(logits, *rest)
 
     runner._sampler.sample = keep

@@ -101,7 +101,8 @@ class Bench:
 
     def _layer(self) -> SimpleNamespace:
         linears = {name: SimpleNamespace(weight=self.cpu.prepare_linear(weight, None)) for name, weight in self.raw.items()}
-        return SimpleNamespace(input_norm=self._norm(), post_norm=self._norm(), q_norm=None, k_norm=None, window=0, **linears)
+        norms = {"input_norm": self._norm(), "post_norm": self._norm(), "q_norm": None, "k_norm": None}
+        return SimpleNamespace(**norms, key_frame=None, window=0, **linears)
 
     def row(self, name: str, tokens: int, seconds: float, *, nbytes: float = 0, flop: float = 0, error: float | None = None) -> None:
         memory, compute = nbytes / seconds / self.read, flop / seconds / self.flops

@@ -38,7 +38,7 @@ PROMPT_TOKENS = 512
 DECODE_PROMPT_TOKENS = 128
 DECODE_TOKENS = 128
 BATCHES = (1, 8, 16)
-MIXED_BATCH = 256  # max_batch_size of a mixed run where nothing says otherwise
+MIXED_BATCH = 512  # max_batch_size of a mixed run where nothing says otherwise: a large card's default
 LONG_LISTS = ("input_lens", "output_lens", "ttfts", "latencies", "errors")
 
 

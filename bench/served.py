@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--requests", type=int, default=workload.MIXED, help="only the first so many")
     p.add_argument("--length-scale", type=float, default=1.0)
     p.add_argument("--vocab-size", type=int, default=0, help="random ids are below this; 0: what the model has")
-    p.add_argument("--max-batch-size", type=int, default=256, help="as engine.max_batch_size")
+    p.add_argument("--max-batch-size", type=int, default=512, help="as engine.max_batch_size")
     p.add_argument("--repeats", type=int, default=1)
     p.add_argument("--cold", action="store_true", help="with an empty kernel cache")
     p.add_argument("--ready-timeout", type=float, default=600.0, help="seconds to wait for /health")

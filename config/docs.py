@@ -34,7 +34,7 @@ directory. Unknown `NUMBATCH_...` variables are refused too, except the ones Kub
 |---|---|
 | `python server.py --config x.toml --check` | says whether the configuration can be used: exit code 0, or 2 and one line |
 | `python server.py --config x.toml --print-effective` | prints every key with its value and where it came from; secrets masked |
-| `python server.py --config x.toml --plan` | prints the memory plan (weights, workspace, KV blocks; a folder with only a config.json will do) and what other precisions take; allocates nothing |
+| `python server.py --config x.toml --plan` | the memory plan, and what other precisions take; a config.json alone will do |
 
 `config/example.toml` holds every key, commented out, with its default.
 """

@@ -162,7 +162,9 @@ class Engine:
         choices=(AUTO, "thread", "process"),
     )
     session_len: int = knob(0, "Most tokens of prompt + answer in one sequence; 0: the model's own maximum.", min=0, max=1 << 24)
-    max_batch_size: int = knob(0, "Sequences in the persistent batch; 0: 256 on CUDA, 64 elsewhere.", min=0, max=4096)
+    max_batch_size: int = knob(
+        0, "Sequences in the persistent batch; 0: 512 on cards of 64 GiB and more, 256 on others, 64 on the CPU.", min=0, max=4096
+    )
     max_prefill_token_num: int = knob(
         0,
         "Token budget of a step: running sequences first, prompt parts fill the rest; 0: 4096 on CUDA, 512 elsewhere.",

@@ -91,7 +91,7 @@ def test_offline_default_is_a_prompt_and_decoding() -> None:
     args = offline.parser().parse_args(["--model", "x"])
     assert offline.work_of(args).prompt and offline.work_of(args).batches == (1, 8, 16)
     only = offline.work_of(offline.parser().parse_args(["--model", "x", "--workload", "mixed512"]))
-    assert not only.prompt and only.batches == () and only.mixed == 512 and only.most_sequences == 256
+    assert not only.prompt and only.batches == () and only.mixed == only.most_sequences == 512
 
 
 def test_served_counts_from_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from tests.ptx.device import KERNELS, EmulatedDevice
 from tests.ptx.emulator import Emulator, Memory
 
 EPS = 1e-5
+ADDRESSES = pytest.mark.skipif(os.environ.get("KERNEL_TESTS") == "card", reason="the slots' addresses are those of this process's memory")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDING = {"bfloat16": 2**-8, "float16": 2**-11}  # half an ulp, relative
 
@@ -152,6 +154,7 @@ async def ids_of(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
         await engine.stop()
 
 
+@ADDRESSES
 def test_of_one_card_it_is_the_norm_of_the_sum(alone: SummedNorm) -> None:
     generator, norm = torch.Generator().manual_seed(0), AddRmsNorm(Library(EmulatedDevice(), KERNELS), 64, "bfloat16")
     weight = torch.randn(64, generator=generator)
@@ -175,6 +178,7 @@ def test_many_rows_and_other_widths_are_for_nccl(alone: SummedNorm) -> None:
     assert most_rows(8192, 2, 132) == 128 and most_rows(8192, 8, 132) == 18 and most_rows(4096, 2, 132) == 132
 
 
+@ADDRESSES
 def test_an_engine_leaves_sums_of_few_rows_to_it(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that sums over itself: prompt parts of 17 rows go the other way."""
     model = toy_checkpoint(tmp_path / "model", "llama")

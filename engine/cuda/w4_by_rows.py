@@ -8,6 +8,8 @@ Where a dense product is quicker than both is `tuning.dense_from`; who holds the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from engine.cuda.launch import Library
@@ -18,33 +20,17 @@ from engine.cuda.w4_layout import W4Device
 from engine.cuda.w4_matmul import W4Matmul
 from engine.cuda.w4_product import W4Product
 
-FAMILIES: dict[str, type[W4Few] | type[W4Matmul] | type[W4Hopper]] = {"w4_few": W4Few, "w4_matmul": W4Matmul, "w4_hopper": W4Hopper}
+FAMILIES: dict[str, type[W4Product]] = {"w4_few": W4Few, "w4_matmul": W4Matmul, "w4_hopper": W4Hopper}
 
 
 class W4ByRows:
-    """As `engine.cuda.w4_product.W4Product`, for x of 1 to max_m rows."""
+    """As `engine.cuda.w4_product.W4Product`, whose further arguments `card` are, for x of 1 to max_m rows."""
 
     def __init__(
-        self,
-        library: Library,
-        n: int,
-        k: int,
-        group: int,
-        form: str,
-        dtype: str,
-        *,
-        cc: tuple[int, int],
-        multiprocessors: int,
-        max_m: int,
-        out_dtype: str = "",
+        self, library: Library, n: int, k: int, group: int, form: str, dtype: str, *, cc: tuple[int, int], max_m: int, **card: Any
     ) -> None:
         most = {w4_kernel(cc, form, m): m for m in range(1, max_m + 1)}  # kernel -> the most rows it gets
-        made: dict[str, W4Product] = {
-            name: FAMILIES[name](
-                library, n, k, group, form, dtype, cc=cc, multiprocessors=multiprocessors, max_m=rows, out_dtype=out_dtype
-            )
-            for name, rows in most.items()
-        }  # fmt: skip
+        made = {name: FAMILIES[name](library, n, k, group, form, dtype, cc=cc, max_m=rows, **card) for name, rows in most.items()}
         self.max_m = max_m
         self.scratch_floats = max(product.scratch_floats for product in made.values())
         self._of = {m: made[w4_kernel(cc, form, m)] for m in range(1, max_m + 1)}

@@ -30,7 +30,7 @@ best of some hundred launches; w4_matmul.py, which had these rows before: 49.9 /
 from __future__ import annotations
 
 from engine.cuda import ptx
-from engine.cuda.launch import Kernel, Library, Variant
+from engine.cuda.launch import Kernel, Variant
 from engine.cuda.target import cuda, types
 from engine.cuda.tuning import (
     FEW_BUCKETS,
@@ -40,7 +40,6 @@ from engine.cuda.tuning import (
     few_launch,
     few_unit,
     most_shared,
-    row_bucket,
     steps_of_span,
     sum_spans,
 )
@@ -282,33 +281,15 @@ def w4_few(
 
 
 class W4Few(W4Product):
-    """How it is launched comes from the tuning table, by M; `launch` is used for every M instead where it is given."""
+    """For 1 to 8 rows at a time."""
 
-    def __init__(
-        self,
-        library: Library,
-        n: int,
-        k: int,
-        group: int,
-        form: str,
-        dtype: str,
-        *,
-        cc: tuple[int, int],
-        multiprocessors: int,
-        max_m: int,
-        out_dtype: str = "",
-        launch: FewLaunch | None = None,
-    ) -> None:
-        super().__init__(library, n, k, group, form, dtype, out_dtype, max_m)
-        self._multiprocessors, self._most_shared = multiprocessors, most_shared(cc)
-        buckets = [rows for rows in FEW_BUCKETS if rows <= row_bucket(max_m, FEW_BUCKETS)]
-        self._launches = {rows: launch or few_launch(cc, rows, n, k) for rows in buckets}
-        self.variants = tuple(dict.fromkeys(self._variant(chosen) for chosen in self._launches.values()))
-        self.scratch_floats = max(self.launch(m)[1].part_floats for m in range(1, max_m + 1))
+    buckets = FEW_BUCKETS
 
-    def _variant(self, launch: FewLaunch) -> Variant:
+    def of_table(self, rows: int) -> FewLaunch:
+        return few_launch(self._cc, rows, self.n, self.k)
+
+    def variant(self, launch: FewLaunch) -> Variant:
         return Variant(__name__, "w4_few", (self.group, self.form, self.dtype, self.out_dtype, *launch.constants))
 
-    def launch(self, m: int) -> tuple[Variant, W4Grid]:
-        chosen = self._launches[row_bucket(m, FEW_BUCKETS)]
-        return self._variant(chosen), few_grid(chosen, m, self.n, self.k, self.group, self._multiprocessors, self._most_shared)
+    def grid(self, launch: FewLaunch, m: int) -> W4Grid:
+        return few_grid(launch, m, self.n, self.k, self.group, self._multiprocessors, most_shared(self._cc))

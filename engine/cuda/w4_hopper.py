@@ -37,9 +37,9 @@ w4_matmul.py: 79.6 / 130.8 / not measured):
 from __future__ import annotations
 
 from engine.cuda import ptx
-from engine.cuda.launch import Kernel, Library, Variant
+from engine.cuda.launch import Kernel, Variant
 from engine.cuda.target import cuda, types
-from engine.cuda.tuning import HOPPER_BUCKETS, HopperLaunch, HopperShared, W4Grid, hopper_grid, hopper_launch, row_bucket, step_channels
+from engine.cuda.tuning import HOPPER_BUCKETS, HopperLaunch, HopperShared, W4Grid, hopper_grid, hopper_launch, step_channels
 from engine.cuda.w4_product import W4Product, arguments, result_writer
 
 i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
@@ -332,38 +332,21 @@ def w4_hopper(
 
 
 class W4Hopper(W4Product):
-    """For weights of the form "zero". How it is launched comes from the tuning table, by M; `launch` is used for every M instead
-    where it is given."""
+    """For weights of the form "zero" on compute capability 9.0."""
 
-    def __init__(
-        self,
-        library: Library,
-        n: int,
-        k: int,
-        group: int,
-        form: str,
-        dtype: str,
-        *,
-        cc: tuple[int, int] = (9, 0),
-        multiprocessors: int,
-        max_m: int,
-        out_dtype: str = "",
-        launch: HopperLaunch | None = None,
-    ) -> None:
-        super().__init__(library, n, k, group, form, dtype, out_dtype, max_m)
-        if form != "zero":
-            raise ValueError(f"this product takes pairs of the form zero, not {form}; w4_matmul takes both")
-        if cc != (9, 0):
-            raise ValueError(f"this product runs on compute capability 9.0 alone, not {cc[0]}.{cc[1]}; w4_matmul does elsewhere")
-        self._multiprocessors = multiprocessors
-        buckets = [rows for rows in HOPPER_BUCKETS if rows <= row_bucket(max_m, HOPPER_BUCKETS)]
-        self._launches = {rows: launch or hopper_launch(rows, n, k) for rows in buckets}
-        self.variants = tuple(dict.fromkeys(self._variant(chosen) for chosen in self._launches.values()))
-        self.scratch_floats = max(self.launch(m)[1].part_floats for m in range(1, max_m + 1))
+    buckets = HOPPER_BUCKETS
 
-    def _variant(self, launch: HopperLaunch) -> Variant:
+    def of_table(self, rows: int) -> HopperLaunch:
+        return hopper_launch(rows, self.n, self.k)
+
+    def variant(self, launch: HopperLaunch) -> Variant:
+        if self.form != "zero":
+            raise ValueError(f"this product takes pairs of the form zero, not {self.form}; w4_matmul takes both")
+        if self._cc != (9, 0):
+            raise ValueError(
+                f"this product runs on compute capability 9.0 alone, not {self._cc[0]}.{self._cc[1]}; w4_matmul does elsewhere"
+            )
         return Variant(__name__, "w4_hopper", (self.group, self.dtype, self.out_dtype, *launch.constants))
 
-    def launch(self, m: int) -> tuple[Variant, W4Grid]:
-        chosen = self._launches[row_bucket(m, HOPPER_BUCKETS)]
-        return self._variant(chosen), hopper_grid(chosen, m, self.n, self.k, self.group, self._multiprocessors)
+    def grid(self, launch: HopperLaunch, m: int) -> W4Grid:
+        return hopper_grid(launch, m, self.n, self.k, self.group, self._multiprocessors)

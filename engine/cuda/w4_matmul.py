@@ -48,9 +48,9 @@ instructions of the PTX, a warp and chunk, counted by the emulator (at 4.37 TB/s
 from __future__ import annotations
 
 from engine.cuda import ptx
-from engine.cuda.launch import Kernel, Library, Variant
+from engine.cuda.launch import Kernel, Variant
 from engine.cuda.target import cuda, types
-from engine.cuda.tuning import ROW_BUCKETS, W4Grid, W4Launch, W4Shared, row_bucket, steps_of_span, sum_spans, w4_grid, w4_launch
+from engine.cuda.tuning import ROW_BUCKETS, W4Grid, W4Launch, W4Shared, steps_of_span, sum_spans, w4_grid, w4_launch
 from engine.cuda.w4_product import W4Product, arguments, result_writer
 
 i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
@@ -317,34 +317,15 @@ def w4_matmul(group: int, form: str, dtype: str, out_dtype: str, rows: int, tile
 
 
 class W4Matmul(W4Product):
-    """How it is launched comes from the tuning table, by M; `launch` is used for every M instead where it is given."""
+    """For 16 to 64 rows at a time."""
 
-    def __init__(
-        self,
-        library: Library,
-        n: int,
-        k: int,
-        group: int,
-        form: str,
-        dtype: str,
-        *,
-        cc: tuple[int, int],
-        multiprocessors: int,
-        max_m: int,
-        out_dtype: str = "",
-        launch: W4Launch | None = None,
-    ) -> None:
-        super().__init__(library, n, k, group, form, dtype, out_dtype, max_m)
-        self._multiprocessors = multiprocessors
-        buckets = [rows for rows in ROW_BUCKETS if rows <= row_bucket(max_m)]
-        self._launches = {rows: launch or w4_launch(cc, rows, n, k) for rows in buckets}
-        self.variants = tuple(dict.fromkeys(self._variant(chosen) for chosen in self._launches.values()))
-        grids = [self.launch(m)[1] for m in {*buckets, *range(ROW_BUCKETS[-1], max_m, ROW_BUCKETS[-1]), max_m}]
-        self.scratch_floats = max(grid.part_floats for grid in grids)
+    buckets = ROW_BUCKETS
 
-    def _variant(self, launch: W4Launch) -> Variant:
+    def of_table(self, rows: int) -> W4Launch:
+        return w4_launch(self._cc, rows, self.n, self.k)
+
+    def variant(self, launch: W4Launch) -> Variant:
         return Variant(__name__, "w4_matmul", (self.group, self.form, self.dtype, self.out_dtype, *launch.constants))
 
-    def launch(self, m: int) -> tuple[Variant, W4Grid]:
-        chosen = self._launches[row_bucket(m)]
-        return self._variant(chosen), w4_grid(chosen, m, self.n, self.k, self.group, self._multiprocessors)
+    def grid(self, launch: W4Launch, m: int) -> W4Grid:
+        return w4_grid(launch, m, self.n, self.k, self.group, self._multiprocessors)

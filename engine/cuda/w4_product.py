@@ -11,14 +11,14 @@ where input channels are split over thread blocks, to float32 parts [S, M, N] (`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from engine.cuda import ptx
 from engine.cuda.launch import Library, Variant
 from engine.cuda.target import cuda, pointer, types
-from engine.cuda.tuning import W4Grid
+from engine.cuda.tuning import W4Grid, row_bucket
 from engine.cuda.w4_layout import FORMS, W4Device
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -108,24 +108,55 @@ class W4Product(ABC):
     """A product of one kernel family: x [M, k] in `dtype`, out [M, n] in `out_dtype`, bias float32 [n]; 1 <= M <= max_m.
 
     A call returns `out`, or, where the input channels are split, float32 parts [S, M, n] in `scratch` (float32, at least
-    `scratch_floats`): their sum is the output, and out is not written. A family says in `launch` how M rows are served, and
-    sets `variants` and `scratch_floats`.
+    `scratch_floats`): their sum is the output, and out is not written. How it is launched comes from the tuning table, by M;
+    `launch` is used for every M instead where it is given. A family says which `buckets` of rows its table has, and answers the
+    three questions below.
     """
 
-    variants: tuple[Variant, ...]
-    scratch_floats: int
+    buckets: ClassVar[tuple[int, ...]]
 
-    def __init__(self, library: Library, n: int, k: int, group: int, form: str, dtype: str, out_dtype: str, max_m: int) -> None:
+    def __init__(
+        self,
+        library: Library,
+        n: int,
+        k: int,
+        group: int,
+        form: str,
+        dtype: str,
+        *,
+        cc: tuple[int, int],
+        multiprocessors: int,
+        max_m: int,
+        out_dtype: str = "",
+        launch: Any = None,
+    ) -> None:
         if form not in FORMS or dtype not in ("bfloat16", "float16"):
             raise ValueError(f"a 4-bit product computes in bfloat16 or float16 with pairs of the form zero or bias, not {dtype}, {form}")
         self.n, self.k, self.group, self.form, self.dtype, self.max_m = n, k, group, form, dtype, max_m
         self.out_dtype = out_dtype or dtype
-        self._library = library
+        self._library, self._cc, self._multiprocessors = library, cc, multiprocessors
+        served = [rows for rows in self.buckets if rows <= row_bucket(max_m, self.buckets)]
+        self._launches = {rows: launch or self.of_table(rows) for rows in served}
+        self.variants = tuple(dict.fromkeys(self.variant(chosen) for chosen in self._launches.values()))
+        self.scratch_floats = max(self.launch(m)[1].part_floats for m in range(1, max_m + 1))
         self._ready: dict[int, tuple[Any, W4Grid]] = {}
 
     @abstractmethod
+    def of_table(self, rows: int) -> Any:
+        """How the table launches a bucket."""
+
+    @abstractmethod
+    def variant(self, launch: Any) -> Variant:
+        """The kernel of a launch."""
+
+    @abstractmethod
+    def grid(self, launch: Any, m: int) -> W4Grid:
+        """How a launch cuts a product of m rows."""
+
     def launch(self, m: int) -> tuple[Variant, W4Grid]:
         """The kernel and the grid for m rows."""
+        chosen = self._launches[row_bucket(m, self.buckets)]
+        return self.variant(chosen), self.grid(chosen, m)
 
     def __call__(
         self, x: torch.Tensor, weight: W4Device, out: torch.Tensor, scratch: torch.Tensor, bias: torch.Tensor | None = None

@@ -47,7 +47,7 @@ class Product:
         torch.manual_seed(0)
         n, k, group = weight.out_features, weight.in_features, weight.group_size
         self.op = W4Hopper(
-            library, n, k, group, "zero", dtype, multiprocessors=multiprocessors, max_m=m, out_dtype=out_dtype, launch=launch
+            library, n, k, group, "zero", dtype, cc=CC, multiprocessors=multiprocessors, max_m=m, out_dtype=out_dtype, launch=launch
         )
         self.weight = packed(library, weight, "zero", dtype)
         self.x = torch.randn(m, k).to(DTYPES[dtype])
@@ -109,7 +109,7 @@ def test_results_are_rounded_once(library):
 def test_rows_that_are_not_there_do_not_matter(library):
     """x ends with its last row: what lies behind it, here NaN, is not read into any result."""
     weight = random_w4(64, 256, 128)
-    op = W4Hopper(library, 64, 256, 128, "zero", "bfloat16", multiprocessors=1, max_m=7, launch=SMALL["plain"])
+    op = W4Hopper(library, 64, 256, 128, "zero", "bfloat16", cc=CC, multiprocessors=1, max_m=7, launch=SMALL["plain"])
     x = torch.full((32, 256), NAN, dtype=torch.bfloat16)
     x[:7] = torch.randn(7, 256)
     out = torch.full((7, 64), NAN, dtype=torch.bfloat16)
@@ -144,7 +144,7 @@ def test_no_bank_conflicts_and_whole_sectors(library, launch):
 
 def test_operands_that_do_not_fit_are_refused(library):
     weight = packed(library, random_w4(64, 128, 128))
-    op = W4Hopper(library, 64, 128, 128, "zero", "bfloat16", multiprocessors=1, max_m=3, launch=SMALL["plain"])
+    op = W4Hopper(library, 64, 128, 128, "zero", "bfloat16", cc=CC, multiprocessors=1, max_m=3, launch=SMALL["plain"])
     x, out, scratch = torch.zeros(3, 128, dtype=torch.bfloat16), torch.zeros(3, 64, dtype=torch.bfloat16), torch.empty(1)
     with pytest.raises(ValueError, match="1 to 3 rows, 4 were given"):
         op(torch.zeros(4, 128, dtype=torch.bfloat16), weight, out, scratch)
@@ -178,7 +178,7 @@ def test_the_kernel_of_so_many_rows(library):
     with pytest.raises(ValueError, match=r"9\.0 alone, not 8\.0"):
         W4Hopper(library, 96, 256, 128, "zero", "bfloat16", cc=(8, 0), multiprocessors=4, max_m=9)
     with pytest.raises(ValueError, match="form zero, not bias"):
-        W4Hopper(library, 96, 256, 128, "bias", "bfloat16", multiprocessors=4, max_m=9)
+        W4Hopper(library, 96, 256, 128, "bias", "bfloat16", cc=CC, multiprocessors=4, max_m=9)
 
 
 @pytest.mark.parametrize("m", [1, 8, 9, 17])

@@ -76,7 +76,7 @@ def compile_only(args: argparse.Namespace) -> int:
         print(f"failed: {words}", file=sys.stderr)
     if args.json:
         print(json.dumps({"kernels": found} | ({"failed": failed} if failed else {})))
-    return 1 if failed or any(row["stack_bytes"] or row["spill_bytes"] for row in found) else 0
+    return 1 if failed or any(compile_only.spills(row) and not compile_only.exception(row) for row in found) else 0
 
 
 def parser() -> argparse.ArgumentParser:

@@ -93,6 +93,17 @@ def test_every_kind_of_kernel_is_in_the_list() -> None:
     assert "w4_matmul" not in {v.factory for v in old}
 
 
+def test_a_spill_needs_a_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def found(name: str, sm: int, stack: int) -> int:
+        row = {"kernel": name, "sm": sm, "registers": 255, "stack_bytes": stack, "spill_bytes": 5 * stack}
+        monkeypatch.setattr(compile_only, "run", lambda *_: ([row], []))
+        return kernels.main(["--compile-only", "--json"])
+
+    assert found("rms_norm", 80, 0) == 0 and found("rms_norm", 80, 8) == 1
+    known = "prefill_16_1_256_64_bfloat16_0_4_1_16_2_1_0"
+    assert found(known, 80, 48) == 0 and found(known, 90, 48) == 1
+
+
 def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(compile_only, "variants", lambda sm: [Variant("engine.cuda.ceilings", "none_of_this")])
     assert kernels.main(["--compile-only", "--sm", "90", "--json"]) == 1

@@ -24,6 +24,7 @@ from engine.host import usable_cores
 LEAST_S = 15.0  # not worth a new child
 CHILDREN = 6
 CACHE = Path(".cache/kernels")
+W4_ROWS = {"w4": '("w4_matmul", {cc}, "{case}"): W4Launch', "w4 few": '({cc}, "{case}"): FewLaunch', "w4 hopper": '"{case}": HopperLaunch'}
 ATTENTION = {  # kind -> table, what its rows are
     "decode": ("DECODE", "DecodeShape"), "decode_int8": ("DECODE_QUANTIZED[8]", "DecodeShape"),
     "decode_int4": ("DECODE_QUANTIZED[4]", "DecodeShape"), "prompt": ("PROMPT", "PromptShape"),
@@ -65,15 +66,10 @@ def pasted(rows: Sequence[dict[str, Any]]) -> list[str]:
     where = next((row["where"] for row in reversed(rows) if "where" in row), {"card": "no card", "cc": [0, 0], "date": ""})
     cc, note = tuple(where["cc"]), f"{where['date']}, {where['card']}"
     for (kind, case), found in sorted(measured.items()):
-        if kind == "w4":
+        if kind in W4_ROWS:
             launch, us = min(found.items(), key=lambda item: item[1])
-            lines.append(f'    ("w4_matmul", {cc}, "{case}"): W4Launch({_arguments(launch)}),  # {note}: {us:.2f} us, of {len(found)}')
-        elif kind == "w4 few":
-            launch, us = min(found.items(), key=lambda item: item[1])
-            lines.append(f'    ({cc}, "{case}"): FewLaunch({_arguments(launch)}),  # {note}: {us:.2f} us, of {len(found)}')
-        elif kind == "w4 hopper":
-            launch, us = min(found.items(), key=lambda item: item[1])
-            lines.append(f'    "{case}": HopperLaunch({_arguments(launch)}),  # {note}: {us:.2f} us, of {len(found)}')
+            row = W4_ROWS[kind].format(cc=cc, case=case)
+            lines.append(f"    {row}({_arguments(launch)}),  # {note}: {us:.2f} us, of {len(found)}")
     for kind, (table, name) in ATTENTION.items():
         for head_dim in sorted({case.split()[0] for k, case in measured if k == kind}, key=int):
             cases = [found for (k, case), found in measured.items() if k == kind and case.split()[0] == head_dim]

@@ -115,6 +115,11 @@ def steps_of_span(group: int) -> int:
     return group // 16
 
 
+def unit_channels(group: int) -> int:
+    """Input channels that a warp takes at a time."""
+    return 128 if group == 128 else CHUNK
+
+
 def sum_spans(group: int) -> int:
     """Spans of a warp's unit of work."""
     return 2 if group == 32 else 1
@@ -139,7 +144,7 @@ class W4Grid:
 def w4_grid(launch: W4Launch, m: int, n: int, k: int, group: int, multiprocessors: int) -> W4Grid:
     """How a product of m rows is cut."""
     row_blocks, column_blocks = -(-m // launch.rows), -(-n // launch.block_n)
-    steps = -(-k // (launch.warps_k * (128 if group == 128 else CHUNK)))
+    steps = -(-k // (launch.warps_k * unit_channels(group)))
     room = launch.waves * multiprocessors // (row_blocks * column_blocks)
     splits = max(1, min(room, steps // MIN_STEPS, MOST_SPLITS))
     return W4Grid(column_blocks, splits, row_blocks, splits * m * n if splits > 1 else 0, launch.shared_bytes(group))
@@ -181,24 +186,19 @@ class FewLaunch:
 
     def tile_slot(self, group: int) -> int:
         """Bytes of a tile's unit in a warp's ring: weights, then pairs, 8 bytes a lane and group."""
-        unit = few_unit(group)
+        unit = unit_channels(group)
         return unit // CHUNK * 512 + unit // group * 256
 
     def steps(self, k: int, group: int) -> int:
         """Of k input channels: a unit of each warp along K."""
-        return -(-k // (self.warps_k * few_unit(group)))
+        return -(-k // (self.warps_k * unit_channels(group)))
 
     def shared_bytes(self, k: int, group: int, splits: int) -> int:
         """Rings | sums of x | x; at the end, in their place, results [warps_k, rows, block_n + 4] float32."""
-        channels = -(-self.steps(k, group) // splits) * self.warps_k * few_unit(group)
+        channels = -(-self.steps(k, group) // splits) * self.warps_k * unit_channels(group)
         rings = self.threads // 32 * self.ahead * self.tiles * self.tile_slot(group)
         sums = channels // (16 * steps_of_span(group)) * 32
         return max(rings + sums + self.rows * (2 * channels + 64), 4 * self.warps_k * self.rows * (self.block_n + 4))
-
-
-def few_unit(group: int) -> int:
-    """Input channels that a warp takes at a time."""
-    return 128 if group == 128 else CHUNK
 
 
 def few_grid(launch: FewLaunch, m: int, n: int, k: int, group: int, multiprocessors: int, shared_bytes: int) -> W4Grid:
@@ -276,7 +276,7 @@ class HopperShared:
 
     @classmethod
     def of(cls, launch: HopperLaunch, group: int) -> HopperShared:
-        step = step_channels(group)
+        step = unit_channels(group)
         x_stage = launch.rows * step * 2
         pairs_at = launch.tiles * step // 64 * 512
         w_stage = pairs_at + launch.tiles * (step // group) * 256
@@ -286,14 +286,10 @@ class HopperShared:
         return cls(x_stage, w_stage, pairs_at, w_warp, w_at, barriers_at, 1024 + max(barriers_at + launch.x_stages * 16, results))
 
 
-def step_channels(group: int) -> int:
-    return 128 if group == 128 else 64
-
-
 def hopper_grid(launch: HopperLaunch, m: int, n: int, k: int, group: int, multiprocessors: int) -> W4Grid:
     """How a product of m rows is cut."""
     row_blocks, column_blocks = -(-m // launch.rows), -(-n // launch.block_n)
-    steps = -(-k // step_channels(group))
+    steps = -(-k // unit_channels(group))
     room = launch.waves * multiprocessors // (row_blocks * column_blocks)
     splits = max(1, min(room, steps // MIN_STEPS, MOST_SPLITS))
     return W4Grid(column_blocks, splits, row_blocks, splits * m * n if splits > 1 else 0, launch.shared_bytes(group))
@@ -532,7 +528,7 @@ def _few_space(rows: int) -> tuple[FewLaunch, ...]:
 def few_candidates(cc: tuple[int, int], m: int, n: int, k: int, group: int) -> Iterator[FewLaunch]:
     """The same for `w4_few`."""
     for launch in _few_space(row_bucket(m, FEW_BUCKETS)):
-        idle = launch.warps_k * few_unit(group) * MIN_STEPS > k or launch.block_n > n
+        idle = launch.warps_k * unit_channels(group) * MIN_STEPS > k or launch.block_n > n
         registers = 48 if launch.tiles == 1 else 80
         if not idle and launch.threads * registers <= 65536 and launch.shared_bytes(k, group, launch.steps(k, group)) <= most_shared(cc):
             yield launch
@@ -553,6 +549,6 @@ def hopper_candidates(m: int, n: int, k: int, group: int) -> Iterator[HopperLaun
     """The same for `w4_hopper`. Registers are an estimate; what spills is slow, not wrong."""
     for launch in _hopper_space(row_bucket(m, HOPPER_BUCKETS)):
         registers = 56 + launch.rows // 2 * (launch.tiles + 1)
-        idle = launch.block_n > max(n, 64) or step_channels(group) > k
+        idle = launch.block_n > max(n, 64) or unit_channels(group) > k
         if not idle and launch.threads * registers <= 65536 and launch.shared_bytes(group) <= most_shared((9, 0)):
             yield launch

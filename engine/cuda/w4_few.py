@@ -38,10 +38,10 @@ from engine.cuda.tuning import (
     W4Grid,
     few_grid,
     few_launch,
-    few_unit,
     most_shared,
     steps_of_span,
     sum_spans,
+    unit_channels,
 )
 from engine.cuda.w4_product import W4Product, arguments, result_writer
 
@@ -60,7 +60,7 @@ def w4_few(
     if rows not in FEW_BUCKETS or not 1 <= ahead <= 8 or launch.threads > 1024:
         raise ValueError(f"{launch} cannot be compiled: 1 or 8 rows, 1 to 8 units ahead, at most 1024 threads")
     warps, threads, block_n = warps_n * warps_k, launch.threads, launch.block_n
-    unit = few_unit(group)
+    unit = unit_channels(group)
     chunks_of_unit, groups_of_unit = unit // 64, unit // group
     span, spans = steps_of_span(group), sum_spans(group)
     step_k = warps_k * unit

@@ -39,7 +39,7 @@ from __future__ import annotations
 from engine.cuda import ptx
 from engine.cuda.launch import Kernel, Variant
 from engine.cuda.target import cuda, types
-from engine.cuda.tuning import HOPPER_BUCKETS, HopperLaunch, HopperShared, W4Grid, hopper_grid, hopper_launch, step_channels
+from engine.cuda.tuning import HOPPER_BUCKETS, HopperLaunch, HopperShared, W4Grid, hopper_grid, hopper_launch, unit_channels
 from engine.cuda.w4_product import W4Product, arguments, result_writer
 
 i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
@@ -77,7 +77,7 @@ MAGIC = ("0xE400", "0xD400")  # -1024, -64
 def step_text(rows: int, group: int, dtype: str, tiles: int, parts: int, together: int) -> str:
     """PTX of a step: operands accumulators f32 [tiles * rows / 2] (in place), words [tiles, chunks, 4], pairs [tiles, groups, 2 rows],
     descriptor of x."""
-    step = step_channels(group)
+    step = unit_channels(group)
     groups, steps = step // group, group // 16  # of a step of a tile; wgmmas of a group
     columns, kind = rows // parts, "bf16" if dtype == "bfloat16" else "f16"
     results = columns // 2
@@ -131,7 +131,7 @@ def w4_hopper(
     shared_map = HopperShared.of(launch, group)
     x_stage, w_stage, pairs_at = shared_map.x_stage, shared_map.w_stage, shared_map.pairs_at
     w_warp, w_at, barriers_at = shared_map.w_warp, shared_map.w_at, shared_map.barriers_at
-    step = step_channels(group)
+    step = unit_channels(group)
     chunks_of_step, groups_of_step = step // 64, step // group
     consumers = warpgroups * 4
     results, words, pair_words = rows // 2, tiles * chunks_of_step * 4, tiles * groups_of_step * 2
